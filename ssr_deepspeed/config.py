@@ -1,0 +1,289 @@
+"""The `"ssr"` block of a DeepSpeed configuration.
+
+The block is read strictly: an unknown key, a wrong type or a value out of range is a
+`ValueError` that names the key by its path, the value, the values allowed and the nearest key.
+Every field is a plain JSON value. The string `"auto"` is refused everywhere, because accelerate
+rejects a DeepSpeed configuration that still holds one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+Cost = Literal["linear", "softmax"]
+Gradient = Literal["detach", "partial", "implicit"]
+Scope = Literal["rank", "expert_parallel", "data_parallel"]
+NoiseSteps = Literal["softmax", "transport", "both"]
+CoinUnit = Literal["step", "layer"]
+SolverName = Literal["sinkhorn", "newton", "sns", "adaptive"]
+
+# Named starting points. A key given beside "preset" overrides the preset's value.
+PRESETS: dict[str, dict[str, Any]] = {
+    # SSR-S with noise, the variant its authors report as best (arXiv 2511.08972, as summarised by
+    # secondary sources). Entropy, noise scale and cap are the published ranges' usual ends; the
+    # stopping rule there is an absolute residual, here the relative one.
+    "paper": {
+        "probability": 0.01,
+        "cost": "softmax",
+        "entropy": 0.05,
+        "solver": {"name": "sinkhorn", "tolerance": 1e-4, "max_iterations": 100},
+        "noise": {"scale": 0.1, "steps": "softmax"},
+    },
+}
+
+
+class Section:
+    """A frozen dataclass read strictly from a JSON object: the base of every configuration here."""
+
+    @classmethod
+    def from_dict(cls, block: Any, path: str = "ssr") -> Self:
+        """Build the section from parsed JSON.
+
+        Args:
+            block: the JSON object.
+            path: where it stands in the configuration, for messages.
+
+        Raises:
+            ValueError: unknown key, wrong type, value out of range, or `"auto"`.
+        """
+        if not isinstance(block, dict):
+            raise ValueError(f"{path} must be a JSON object, got {block!r}")
+        kinds = typing.get_type_hints(cls)
+        names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        values = {}
+        for key, value in block.items():
+            if key not in names:
+                raise ValueError(
+                    f"unknown key {_join(path, key)} = {value!r}{_nearest(key, names)}; allowed keys: {names}"
+                )
+            values[key] = _convert(value, kinds[key], _join(path, key))
+        missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and _has_no_default(f)]  # type: ignore[arg-type]
+        if missing:
+            raise ValueError(f"{path or 'the configuration'} lacks the required keys {missing}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(_join(path, str(error))) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section as plain JSON values; `from_dict` reads it back."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbabilitySchedule(Section):
+    """Share of transport steps as a function of the optimizer step: warm-up, then linear decay."""
+
+    warmup: float = 1.0
+    """Probability during the first `warmup_steps` steps, 0 to 1."""
+    warmup_steps: int
+    """Optimizer steps of the warm-up, at least 0."""
+    decay_steps: int = 0
+    """Optimizer steps of the linear way from `warmup` to `final`, at least 0."""
+    final: float = 0.01
+    """Probability afterwards, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.warmup <= 1, "warmup", self.warmup, "a probability from 0 to 1")
+        require(0 <= self.final <= 1, "final", self.final, "a probability from 0 to 1")
+        require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
+        require(self.decay_steps >= 0, "decay_steps", self.decay_steps, "at least 0")
+
+    def at(self, step: int) -> float:
+        """Probability of a transport step at optimizer step `step` (counted from 0)."""
+        if step < self.warmup_steps:
+            return self.warmup
+        if step >= self.warmup_steps + self.decay_steps:
+            return self.final
+        done = (step - self.warmup_steps) / self.decay_steps
+        return self.warmup + (self.final - self.warmup) * done
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverConfig(Section):
+    """How a transport step finds its expert potentials."""
+
+    name: SolverName = "sinkhorn"
+    """`"sinkhorn"`; the others are planned and raise `NotImplementedError`."""
+    tolerance: float = 1e-3
+    """Relative column error `max_j |c_j - s| / s` at which the potentials are left as they are."""
+    max_iterations: int = 50
+    """Cap on the sweeps, at least 1. No sweep synchronises with the host."""
+
+    def __post_init__(self) -> None:
+        require_choice(self.name, "name", SolverName)
+        require(0 < self.tolerance < 1, "tolerance", self.tolerance, "above 0 and below 1")
+        require(self.max_iterations >= 1, "max_iterations", self.max_iterations, "at least 1")
+        if self.name != "sinkhorn":
+            raise NotImplementedError(f'ssr.solver.name = "{self.name}" is not implemented yet; use "sinkhorn"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseConfig(Section):
+    """Gaussian noise on the router logits, in training only."""
+
+    scale: float = 0.0
+    """Standard deviation in units of the logits; 0 is no noise."""
+    steps: NoiseSteps = "softmax"
+    """The steps that get it."""
+
+    def __post_init__(self) -> None:
+        require_choice(self.steps, "steps", NoiseSteps)
+        require(self.scale >= 0, "scale", self.scale, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig(Section):
+    """Expert-load monitoring."""
+
+    interval: int = 50
+    """Optimizer steps between two reports; 0 switches the monitor off."""
+    path: str | None = None
+    """JSON lines file that rank 0 appends each report to; none by default."""
+
+    def __post_init__(self) -> None:
+        require(self.interval >= 0, "interval", self.interval, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSRConfig(Section):
+    """Selective Sinkhorn Routing, as the `"ssr"` block of a DeepSpeed configuration."""
+
+    enabled: bool = True
+    """False leaves every router as it is; the monitor still counts."""
+    preset: Literal["paper"] | None = None
+    """`"paper"`: the literal published method. Keys given beside it override it."""
+    probability: float | ProbabilitySchedule = 0.01
+    """p, the share of steps routed by transport: a number from 0 to 1, or a schedule."""
+    cost: Cost = "linear"
+    """Compatibility of token and expert: the logits (SSR-L) or their softmax (SSR-S)."""
+    entropy: float = 1.0
+    """xi, weight of the plan's entropy, above 0, in units of the compatibility."""
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    """See `SolverConfig`."""
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    """See `NoiseConfig`."""
+    gradient: Gradient = "partial"
+    """Through the plan: none, with the potentials held constant, or through the potentials too. For
+    k = 1 the weight is the softmax probability, and its gradient is followed whatever this says."""
+    scope: Scope = "rank"
+    """Tokens balanced together: this rank's micro-batch, the expert-parallel or data-parallel group's."""
+    per: CoinUnit = "step"
+    """What one coin decides for: every layer of an optimizer step, or each layer by itself."""
+    seed: int = 0
+    """Seed of the coin; the coin depends on it, the step and (with `per = "layer"`) the layer alone."""
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    """See `MonitorConfig`."""
+
+    def __post_init__(self) -> None:
+        require_choice(self.cost, "cost", Cost)
+        require_choice(self.gradient, "gradient", Gradient)
+        require_choice(self.scope, "scope", Scope)
+        require_choice(self.per, "per", CoinUnit)
+        if self.preset is not None and self.preset not in PRESETS:
+            _fail("preset", self.preset, f"one of {sorted(PRESETS)} or null")
+        if not isinstance(self.probability, ProbabilitySchedule):
+            require(0 <= self.probability <= 1, "probability", self.probability, "0 to 1, or a schedule")
+        require(self.entropy > 0, "entropy", self.entropy, "above 0")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+
+    @classmethod
+    def from_dict(cls, block: Any, path: str = "ssr") -> Self:
+        """Build the configuration from parsed JSON, filling in the preset's values first."""
+        name = block.get("preset") if isinstance(block, dict) else None
+        if isinstance(name, str) and name in PRESETS:
+            block = _merge(PRESETS[name], block)
+        return super().from_dict(block, path)
+
+    def probability_at(self, step: int) -> float:
+        """p at optimizer step `step` (counted from 0)."""
+        if isinstance(self.probability, ProbabilitySchedule):
+            return self.probability.at(step)
+        return self.probability
+
+
+def find_block(deepspeed_config: dict[str, Any]) -> dict[str, Any] | None:
+    """The `"ssr"` block of a parsed DeepSpeed configuration, or None.
+
+    DeepSpeed keeps unknown top-level keys without a word, so a misspelt block would silently
+    train without SSR.
+
+    Raises:
+        ValueError: there is no `"ssr"` key, but one that was probably meant to be it.
+    """
+    if "ssr" in deepspeed_config:
+        return deepspeed_config["ssr"]
+    for key in deepspeed_config:
+        word = key.lower().replace("-", "_")
+        if word.split("_")[0] == "ssr" or sorted(word) == ["r", "s", "s"]:
+            raise ValueError(f'unknown top-level key "{key}" in the DeepSpeed configuration; did you mean "ssr"?')
+    return None
+
+
+def _has_no_default(spec: dataclasses.Field) -> bool:
+    return spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+
+
+def _convert(value: Any, kind: Any, path: str) -> Any:
+    """`value` as `kind`, which is a field's annotation: a scalar, a Literal, a section or a union."""
+    if value == "auto":
+        raise ValueError(f'{path} = "auto" is not allowed: give the value itself')
+    options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    sections = [o for o in options if isinstance(o, type) and issubclass(o, Section)]
+    if sections and isinstance(value, dict):
+        return sections[0].from_dict(value, path)
+    literals = [choice for o in options if typing.get_origin(o) is Literal for choice in typing.get_args(o)]
+    if literals and value is not None:
+        if value not in literals:
+            raise ValueError(f"{path} = {value!r}; allowed: {literals}{_nearest(value, literals)}")
+        return value
+    for option in options:
+        option = typing.get_origin(option) or option
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise ValueError(f"{path} = {value!r}; allowed: finite numbers")
+            return float(value)
+        if isinstance(option, type) and type(value) is option:
+            return value
+    wanted = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
+    raise ValueError(f"{path} = {value!r} has the wrong type; allowed: {wanted}")
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _nearest(key: Any, names: list[str]) -> str:
+    near = difflib.get_close_matches(str(key), names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def require(holds: bool, name: str, value: Any, allowed: str) -> None:
+    """Raise the `ValueError` of a field whose value is not allowed."""
+    if not holds:
+        _fail(name, value, allowed)
+
+
+def require_choice(value: Any, name: str, literal: Any) -> None:
+    """Raise the `ValueError` of a field whose value is none of a Literal's."""
+    choices = list(typing.get_args(literal))
+    if value not in choices:
+        _fail(name, value, f"one of {choices}{_nearest(value, choices)}")
+
+
+def _fail(name: str, value: Any, allowed: str) -> typing.NoReturn:
+    raise ValueError(f"{name} = {value!r}; allowed: {allowed}")

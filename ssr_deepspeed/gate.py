@@ -1,0 +1,234 @@
+"""`SSRGate`: Selective Sinkhorn Routing behind the contract of DeepSpeed's `TopKGate`.
+
+It is a `TopKGate` (the engine finds gates with `isinstance`, checkpoints match `moe.gate.wg.weight`)
+with the same parameter and no other state: `TopKGate` checkpoints load into it strictly, and back.
+
+    logits [T,E] -> potentials [E] (transport step) -> routes [T,K] -> slots [T,K] -> host's tuple
+
+What differs from `TopKGate`, for every k: the auxiliary loss is zero, evaluation is deterministic,
+padding (`used_token`) is never routed, and an expert that overflows keeps its most probable routes.
+`TopKGate`'s own random choices (`noisy_gate_policy`, `use_rts`, `top2_2nd_expert_sampling`) play no
+part; noise is the configuration's.
+
+Tested with deepspeed 0.19.8, and with the dense contract of 0.15 to 0.19.3. Not run here: Tutel.
+
+Shapes: T tokens, E experts, K choices a token, C capacity, M model width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from deepspeed.moe.sharded_moe import TOPK_GATE_TIMER, TopKGate
+from deepspeed.utils import groups
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+from torch import Tensor
+
+from ssr_deepspeed.collectives import maximum_over, sum_over
+from ssr_deepspeed.config import SSRConfig
+from ssr_deepspeed.ot import Solution
+from ssr_deepspeed.routing import (
+    RoutePlan,
+    Slots,
+    expert_capacity,
+    fill_slots,
+    is_transport_step,
+    route,
+    surviving_weights,
+    transport_potentials,
+)
+
+# Since 0.19.4 the third positional argument asks for sparse routes; before, it was `use_tutel`.
+HOST_HAS_SPARSE_ROUTES = "sparse_routes" in inspect.signature(TopKGate.forward).parameters
+
+
+@dataclass
+class GateState:
+    """What a gate needs beside its weight. Plain Python: never part of a state dict."""
+
+    config: SSRConfig
+    layer: int = 0
+    """Index among all routers of the whole model."""
+    transport: bool = False
+    """Whether training passes of this optimizer step route by transport."""
+    solution: Solution | None = None
+    """Of the last training pass; None if that was a softmax step."""
+    data_parallel_group: Any = field(default=None, repr=False)
+
+    def group(self, expert_parallel_group: Any) -> Any:
+        """The process group whose tokens are balanced together; None for this rank alone."""
+        return {
+            "rank": None,
+            "expert_parallel": expert_parallel_group,
+            "data_parallel": self.data_parallel_group,
+        }[self.config.scope]
+
+
+class SSRGate(TopKGate):
+    """A `TopKGate` that routes by transport on chosen steps.
+
+    Args:
+        *args, **kwargs: `TopKGate`'s own.
+        config: the settings; default `SSRConfig()`.
+        layer: index among all routers of the model, for coins by layer.
+    """
+
+    ssr: GateState
+
+    def __init__(self, *args: Any, config: SSRConfig | None = None, layer: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ssr = GateState(config or SSRConfig(), layer)
+        self.set_step(0)
+
+    @staticmethod
+    def refusal(gate: TopKGate) -> str | None:
+        """Why a gate cannot be replaced, as a sentence, or None when it can."""
+        experts = gate.wg.weight.shape[0]
+        if type(gate) is not TopKGate:
+            return f"{type(gate).__qualname__} is a gate of its own kind: SSR replaces only TopKGate itself"
+        if "forward" in vars(gate):
+            return (
+                "the gate has a forward of its own (set on the instance, as accelerate's hooks do), which would "
+                "shadow SSR: remove that hook before the engine is built"
+            )
+        if not 1 <= gate.k <= experts:
+            return f"k = {gate.k} experts a token out of {experts}; allowed: 1 to {experts}"
+        return None
+
+    @classmethod
+    def adopt(cls, gate: TopKGate, config: SSRConfig, layer: int, data_parallel_group: Any = None) -> SSRGate:
+        """Turn a `TopKGate` into an `SSRGate` in place: the parameter, its name and all hooks stay.
+
+        Raises:
+            ValueError: the gate cannot be replaced; see `refusal`.
+        """
+        reason = cls.refusal(gate)
+        if reason:
+            raise ValueError(reason)
+        gate.__class__ = cls
+        assert isinstance(gate, cls)
+        gate.ssr = GateState(config, layer, data_parallel_group=data_parallel_group)
+        gate.set_step(0)
+        return gate
+
+    def release(self) -> TopKGate:
+        """Turn the gate back into the `TopKGate` it was, in place."""
+        del self.ssr
+        self.__class__ = TopKGate  # type: ignore[assignment]
+        return self
+
+    def set_step(self, step: int) -> None:
+        """Toss the coin for optimizer step `step` (steps taken before it).
+
+        The install seam calls it when `engine.global_steps` changes; without an engine, call it.
+        """
+        self.ssr.transport = is_transport_step(self.ssr.config, step, self.ssr.layer)
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,
+        used_token: Tensor | None = None,
+        sparse_routes: bool = False,
+        use_tutel: bool = False,
+    ) -> tuple[Any, ...]:
+        """Route a batch of tokens.
+
+        Args:
+            input: `[T, M]`, engine dtype; the logits are computed in fp32.
+            used_token: T entries of any shape and dtype, zero for padding; None for no padding.
+            sparse_routes: the return form, see below. On deepspeed before 0.19.4 this position is
+                `use_tutel`, whose form is the sparse one with lists in place of stacked tensors.
+            use_tutel: accepted; the routes are the same.
+
+        Returns:
+            Sparse: `(l_aux, C, E, indices, locations, gates, exp_counts)` with int32 `[K, T]`
+            indices (-1: no slot) and locations, fp32 `[K, T]` gates. Dense: `(l_aux, combine,
+            dispatch_mask, exp_counts)`, both `[T, E, C]`. `l_aux` is an exact zero that carries a
+            graph; `exp_counts` int64 `[E]` is the demand before capacity.
+
+        Raises:
+            ValueError: `used_token` has another number of entries than there are tokens.
+        """
+        if self.wall_clock_breakdown:
+            self.timers(TOPK_GATE_TIMER).start()
+        with torch.autocast(input.device.type, enabled=False):
+            logits_TE = torch.nn.functional.linear(input.float(), self.wg.weight.float())
+            plan = self._plan(logits_TE, used_token)
+            capacity, slots = self._fill(plan)
+            weights_TK = surviving_weights(plan, slots.kept_TK)
+            l_aux = logits_TE[:0].sum()
+            if sparse_routes:
+                output = _sparse(l_aux, capacity, plan, slots, weights_TK)
+            else:
+                output = _dense(l_aux, capacity, plan, slots, weights_TK)
+        if self.wall_clock_breakdown:
+            self.timers(TOPK_GATE_TIMER).stop()
+            self.gate_time = self.timers(TOPK_GATE_TIMER).elapsed(reset=False)
+        return output
+
+    def _plan(self, logits_TE: Tensor, mask: Tensor | None) -> RoutePlan:
+        """Routes of this pass: plain softmax in evaluation, the coin's choice in training."""
+        if not self.training:
+            return route(logits_TE, k=self.k, mask=mask)
+        config, transport = self.ssr.config, self.ssr.transport
+        if config.noise.scale > 0 and config.noise.steps in ("both", "transport" if transport else "softmax"):
+            logits_TE = logits_TE + config.noise.scale * torch.randn_like(logits_TE)
+        if not transport:
+            self.ssr.solution = None
+            return route(logits_TE, k=self.k, mask=mask)
+        reduce = sum_over(self.ssr.group(self.ep_group))
+        potentials_E, self.ssr.solution = transport_potentials(logits_TE, config, mask, reduce)
+        return route(
+            logits_TE,
+            potentials_E,
+            k=self.k,
+            cost=config.cost,
+            entropy=config.entropy,
+            detach=config.gradient == "detach",
+            mask=mask,
+        )
+
+    def _fill(self, plan: RoutePlan) -> tuple[int | Tensor, Slots]:
+        """Capacity of every expert's buffer, equal on all ranks of the group, and the slots."""
+        tensor_parallel = 1
+        if groups._get_expert_model_parallel_world_size() == 1:
+            tensor_parallel = bwc_tensor_model_parallel_world_size(groups.mpu)
+        if self.drop_tokens:
+            capacity = expert_capacity(
+                plan.experts_TK.shape[0],
+                plan.demand_E.shape[0],
+                self.k,
+                self.capacity_factor if self.training else self.eval_capacity_factor,
+                self.min_capacity,
+                tensor_parallel,
+            )
+            return capacity, fill_slots(plan, capacity)
+        largest = maximum_over(self.ep_group, plan.demand_E.max().clamp_min(1))
+        padded = (largest + tensor_parallel - 1) // tensor_parallel * tensor_parallel
+        return padded, fill_slots(plan, None)
+
+
+def _sparse(
+    l_aux: Tensor, capacity: int | Tensor, plan: RoutePlan, slots: Slots, weights_TK: Tensor
+) -> tuple[Any, ...]:
+    indices = torch.where(slots.kept_TK, plan.experts_TK, -1).t().to(torch.int32).contiguous()
+    locations = slots.locations_TK.t().to(torch.int32).contiguous()
+    gates = weights_TK.t().contiguous()
+    experts = plan.demand_E.shape[0]
+    if HOST_HAS_SPARSE_ROUTES:
+        return l_aux, capacity, experts, indices, locations, gates, plan.demand_E
+    return l_aux, capacity, experts, list(indices), list(locations), list(gates), plan.demand_E
+
+
+def _dense(l_aux: Tensor, capacity: int | Tensor, plan: RoutePlan, slots: Slots, weights_TK: Tensor) -> tuple[Any, ...]:
+    tokens, experts, capacity = plan.experts_TK.shape[0], plan.demand_E.shape[0], int(capacity)
+    column_TK = plan.experts_TK * capacity + slots.locations_TK
+    # One spare column takes the routes without a slot.
+    column_TK = torch.where(slots.kept_TK, column_TK, experts * capacity)
+    combine = weights_TK.new_zeros(tokens, experts * capacity + 1).scatter(1, column_TK, weights_TK)
+    dispatch = torch.zeros_like(combine, dtype=torch.bool).scatter_(1, column_TK, slots.kept_TK)
+    shape = (tokens, experts, capacity)
+    return l_aux, combine[:, :-1].reshape(shape), dispatch[:, :-1].reshape(shape), plan.demand_E

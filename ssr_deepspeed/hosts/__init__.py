@@ -1,0 +1,1 @@
+"""The hosts: where SSR is switched on, one file each."""

@@ -1,0 +1,262 @@
+"""The install seam: `DeepSpeedEngine`, through which every DeepSpeed user passes.
+
+DeepSpeed has no plugin mechanism, and users reach the engine in many ways (`deepspeed.initialize`,
+HF Trainer, accelerate, PipelineEngine, Megatron-DeepSpeed), some of which bind functions before we
+are imported. All of them construct a `DeepSpeedEngine`, so three of its methods are wrapped:
+
+    __init__           afterwards, the engine's "ssr" block is read and its gates are swapped
+    forward            beforehand, the coin is tossed if `global_steps` has changed
+    _take_model_step   afterwards, the load monitor closes the step
+
+The step counter is read here and not in a gate, where it would make torch.compile recompile at
+every step. An engine whose configuration has no "ssr" block is left alone. `uninstall` restores
+the methods and every gate that was swapped.
+
+Tested with deepspeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+from deepspeed.moe.sharded_moe import TopKGate
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+from torch import nn
+
+from ssr_deepspeed.collectives import gather_objects
+from ssr_deepspeed.config import SSRConfig, find_block
+from ssr_deepspeed.gate import SSRGate
+from ssr_deepspeed.hosts import deepspeed_moe
+from ssr_deepspeed.monitor import LoadMonitor, layer_metrics
+from ssr_deepspeed.monitor.sinks import JsonLines, engine_events
+
+_originals: dict[str, Callable[..., Any]] = {}
+_runtimes: weakref.WeakSet[EngineRuntime] = weakref.WeakSet()
+
+
+class EngineRuntime:
+    """SSR of one engine, found at `engine.ssr`: its gates, its coin, its monitor.
+
+    Args:
+        engine: an engine whose construction is finished.
+        block: its `"ssr"` block.
+
+    Raises:
+        ValueError: on every rank alike, when on any rank the block is wrong or no gate can be
+            replaced. The model is then unchanged.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, block: Any) -> None:
+        self.gates = deepspeed_moe.find_gates(engine.module)
+        layers = _agree(engine.module, self.gates, block)
+        self.config = SSRConfig.from_dict(block)
+        self.layers = sorted(layers, key=_natural)
+        self.step = engine.global_steps
+        self.report: dict[str, Any] | None = None
+        """The last load report, as written to the JSON lines; the same on every rank."""
+        self._sink: JsonLines | None = None
+        self._hooks: list[Any] = []
+        if self.config.enabled:
+            for name, gate in self.gates.items():
+                SSRGate.adopt(gate, self.config, self.layers.index(name), engine.data_parallel_group)
+        self.monitor = self._attach_monitor(engine, layers) if self.config.monitor.interval else None
+        self._set_step(self.step)
+
+    def _attach_monitor(self, engine: DeepSpeedEngine, layers: dict[str, int]) -> LoadMonitor:
+        monitor = LoadMonitor(
+            self.layers,
+            [layers[name] for name in self.layers],
+            self.config.monitor.interval,
+            engine.device,
+            copies=bwc_tensor_model_parallel_world_size(groups.mpu),
+        )
+        for name, gate in self.gates.items():
+            self._hooks.append(deepspeed_moe.count_routes(gate, monitor, self.layers.index(name)))
+        if self.config.monitor.path and engine.global_rank == 0:
+            self._sink = JsonLines(self.config.monitor.path)
+        return monitor
+
+    def _set_step(self, step: int) -> None:
+        self.step = step
+        for gate in self.gates.values():
+            if isinstance(gate, SSRGate):
+                gate.set_step(step)
+
+    def before_forward(self, engine: DeepSpeedEngine) -> None:
+        """Toss the coin if the engine is at another step than at the last pass."""
+        if engine.global_steps != self.step:
+            self._set_step(engine.global_steps)
+
+    def after_step(self, engine: DeepSpeedEngine) -> None:
+        """Close an optimizer step; at the monitor's interval, report."""
+        window = self.monitor.end_step(engine.global_steps - 1) if self.monitor else None
+        if window is None:
+            return
+        layers = layer_metrics(window)
+        self.report = {"kind": "load", "step": engine.global_steps, "steps": window.steps, "layers": layers}
+        if self._sink:
+            self._sink.write(self.report)
+        if engine.monitor.enabled:
+            engine.monitor.write_events(engine_events(layers, engine.global_samples))
+
+    def release(self) -> None:
+        """Give the model its own gates back and stop counting."""
+        for gate in self.gates.values():
+            if isinstance(gate, SSRGate):
+                gate.release()
+        for hook in self._hooks:
+            hook.remove()
+        if self._sink:
+            self._sink.close()
+        self.monitor = None
+
+
+def install() -> None:
+    """Make every DeepSpeed engine built from now on obey its `"ssr"` block. Repeated calls do nothing.
+
+    Raises:
+        RuntimeError: this DeepSpeed lacks a method that SSR hangs on to.
+    """
+    if _originals:
+        return
+    wrappers = {"__init__": _wrap_init, "forward": _wrap_forward, "_take_model_step": _wrap_take_model_step}
+    for name in wrappers:
+        if name not in vars(DeepSpeedEngine):
+            raise RuntimeError(
+                f"deepspeed {deepspeed.__version__} has no deepspeed.runtime.engine.DeepSpeedEngine.{name}; "
+                "SSR was tested with 0.19.8: install that version"
+            )
+    for name, wrap in wrappers.items():
+        _originals[name] = vars(DeepSpeedEngine)[name]
+        setattr(DeepSpeedEngine, name, wrap(_originals[name]))
+
+
+def uninstall() -> None:
+    """Undo `install`: DeepSpeed's methods, and the gates of every engine still alive.
+
+    Raises:
+        RuntimeError: another plugin has wrapped the same method since; nothing is undone.
+    """
+    for name, original in _originals.items():
+        ours = vars(DeepSpeedEngine)[name]
+        if getattr(ours, "__wrapped__", None) is not original:
+            raise RuntimeError(
+                f"DeepSpeedEngine.{name} was wrapped again after SSR was installed (by {ours.__module__}): "
+                "undo that first, then uninstall SSR"
+            )
+    for name, original in _originals.items():
+        setattr(DeepSpeedEngine, name, original)
+    _originals.clear()
+    for runtime in list(_runtimes):
+        runtime.release()
+    _runtimes.clear()
+
+
+def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """`deepspeed.initialize` with SSR installed: same arguments, same results.
+
+    Raises:
+        ValueError: the configuration has no `"ssr"` block.
+    """
+    install()
+    engine, *rest = deepspeed.initialize(*args, **kwargs)
+    if not isinstance(vars(engine).get("ssr"), EngineRuntime):
+        raise ValueError('the DeepSpeed configuration has no "ssr" block; add one, "ssr": {} for the defaults')
+    return (engine, *rest)
+
+
+def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        block = find_block(self._config._param_dict)
+        if block is not None:
+            self.ssr = EngineRuntime(self, block)
+            _runtimes.add(self.ssr)
+            _announce(self)
+
+    return __init__
+
+
+def _wrap_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+        runtime = vars(self).get("ssr")
+        if runtime is not None:
+            runtime.before_forward(self)
+        return original(self, *args, **kwargs)
+
+    return forward
+
+
+def _wrap_take_model_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _take_model_step(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        runtime = vars(self).get("ssr")
+        if runtime is not None:
+            runtime.after_step(self)
+        return result
+
+    return _take_model_step
+
+
+def _agree(model: nn.Module, gates: dict[str, TopKGate], block: Any) -> dict[str, int]:
+    """Check the block and the gates on all ranks with one collective; experts of each layer by name."""
+    problem = None
+    try:
+        enabled = SSRConfig.from_dict(block).enabled
+        reasons = {name: SSRGate.refusal(gate) for name, gate in gates.items()} if enabled else {}
+        problem = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason) or None
+    except (ValueError, NotImplementedError) as error:
+        problem = str(error)
+    mine = {
+        "problem": problem,
+        "block": block,
+        "layers": {name: gate.wg.weight.shape[0] for name, gate in gates.items()},
+        "look_alikes": _look_alikes(model),
+    }
+    ranks = gather_objects(mine)
+    for rank, theirs in enumerate(ranks):
+        if theirs["problem"]:
+            raise ValueError(f"SSR, rank {rank}: {theirs['problem']}")
+        if theirs["block"] != ranks[0]["block"]:
+            raise ValueError(f'the "ssr" block of rank {rank} differs from that of rank 0: give all ranks one file')
+    layers = {name: experts for theirs in ranks for name, experts in theirs["layers"].items()}
+    if not layers:
+        found = sorted({name for theirs in ranks for name in theirs["look_alikes"]})
+        raise ValueError(
+            'the DeepSpeed configuration has an "ssr" block, but no rank has a router that SSR replaces '
+            f"(TopKGate of deepspeed.moe.layer.MoE); modules that look like one: {found or 'none'}"
+        )
+    return layers
+
+
+def _look_alikes(model: nn.Module) -> list[str]:
+    kinds = {type(module).__qualname__ for module in model.modules()}
+    return sorted(kind for kind in kinds if re.search(r"moe|expert|router|gate|switch", kind, re.IGNORECASE))
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+
+
+def _announce(engine: DeepSpeedEngine) -> None:
+    """Say once, on rank 0, what SSR does to this engine. DeepSpeed's logger hides all but warnings."""
+    if engine.global_rank != 0:
+        return
+    runtime = engine.ssr
+    lines = [f"disabled by its block; counting the load of {len(runtime.layers)} routers"]
+    if runtime.config.enabled:
+        lines = [f"active on {len(runtime.layers)} routers: {', '.join(runtime.layers)}"]
+        lines += [f"TopKGate's {option} plays no part" for option in deepspeed_moe.unused_options(runtime.gates)]
+    for line in lines:
+        print(f"SSR {line}", file=sys.stderr, flush=True)

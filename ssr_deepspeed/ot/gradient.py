@@ -1,0 +1,68 @@
+"""Gradient of the expert potentials with respect to the scores.
+
+At the solution the column sums are constant, `c(g, C) = s`. Differentiating gives, for a gradient
+`w = dl/dg` (ALGORITHMS: implicit function theorem on the semi-dual),
+
+    (diag(c) - P^T P) z = w,      dl/dC_i = -P_i * (z - <P_i, z>)
+
+with `P` the plan. The matrix is a graph Laplacian with null space `1`, so the E x E system is
+solved on the complement of the constant vector.
+
+Shapes: T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssr_deepspeed.ot.problem import Sum, prepare
+
+
+def implicit_potentials(
+    scores: Tensor, potentials: Tensor, entropy: float, mask: Tensor | None = None, reduce: Sum | None = None
+) -> Tensor:
+    """Give solved potentials their gradient: same values, differentiable in the scores.
+
+    The backward pass recomputes the plan from the scores (nothing of size T x E is stored beside
+    them) and solves one E x E system in fp64. Over several ranks it calls `reduce` once.
+
+    Args:
+        scores: `C [T, E]`, the scores the potentials were solved for, with their graph.
+        potentials: `g [E]` as `solve` returned them.
+        entropy: `xi`, as given to `solve`.
+        mask: as given to `solve`.
+        reduce: as given to `solve`.
+    """
+    return _ImplicitPotentials.apply(scores, potentials, entropy, mask, reduce)
+
+
+class _ImplicitPotentials(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, scores: Tensor, potentials: Tensor, entropy: float, mask: Tensor | None, reduce: Sum | None
+    ) -> Tensor:
+        ctx.save_for_backward(scores, potentials, mask)
+        ctx.entropy, ctx.reduce = entropy, reduce
+        return potentials.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        scores, potentials, mask = ctx.saved_tensors
+        experts = scores.shape[1]
+        rows = prepare(scores, ctx.entropy, mask, reduce=None)
+        plan_TE = torch.softmax(rows.scaled_TE + potentials / ctx.entropy, dim=1) * rows.weight_T.unsqueeze(1)
+        wide_TE = plan_TE.double()
+        packed = torch.cat([gradients[0].double().unsqueeze(0), wide_TE.sum(0, keepdim=True), wide_TE.T @ wide_TE])
+        if ctx.reduce is not None:
+            packed = ctx.reduce(packed)
+        gradient_E, column_E, overlap_EE = packed[0], packed[1], packed[2:]
+        # The constant lifts the null space and leaves the solution on its complement as it is;
+        # the ridge is for experts that no token can reach.
+        lifted_EE = torch.diag(column_E + 1e-12 * column_E.mean()) - overlap_EE + column_E.sum() / experts**2
+        z_E = torch.linalg.solve_ex(lifted_EE, gradient_E - gradient_E.mean()).result
+        z_E = torch.where(column_E.sum() > 0, z_E - z_E.mean(), 0.0).to(plan_TE.dtype)
+        gradient_TE = -plan_TE * (z_E - (plan_TE @ z_E).unsqueeze(1))
+        return gradient_TE.to(scores.dtype), None, None, None, None

@@ -1,0 +1,1 @@
+"""The pretraining command: `python -m ssr_deepspeed.pretrain`, installed as `ssr-pretrain`."""

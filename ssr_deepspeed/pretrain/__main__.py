@@ -1,0 +1,90 @@
+"""Pretrain a Mixture-of-Experts language model with Selective Sinkhorn Routing.
+
+    torchrun --standalone --nproc-per-node 2 -m ssr_deepspeed.pretrain --config tiny_cpu --output runs/tiny
+
+The run's folder gets config.json (everything resolved), metrics.jsonl (one JSON object a line),
+checkpoints/, and at the end report.html with loss.png and load.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the command `ssr-pretrain`."""
+    options = _parser().parse_args(arguments)
+    # torch and DeepSpeed take seconds to import; --help and a misspelt flag should not.
+    import deepspeed
+    import torch.distributed
+
+    from ssr_deepspeed.collectives import gather_objects
+    from ssr_deepspeed.pretrain.config import load_run
+    from ssr_deepspeed.pretrain.train import Run, clear
+
+    try:
+        config = load_run(options.config, options.set)
+    except (ValueError, NotImplementedError) as error:
+        sys.exit(f"ssr-pretrain: {error}")
+    if "RANK" not in os.environ:
+        _be_alone()
+    deepspeed.init_distributed()
+    try:
+        if options.overwrite and torch.distributed.get_rank() == 0:
+            clear(options.output)
+        gather_objects(None)  # no rank reads the folder before it is cleared
+        run = Run(config, options.output, resume=options.resume)
+        run.train()
+        run.report(options.compare)
+    except ValueError as error:
+        # Every rank raises the same error; one of them says it.
+        sys.exit(f"ssr-pretrain: {error}" if torch.distributed.get_rank() == 0 else 1)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "ssr-pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", required=True, help="run file (JSON), or the name of one that comes with the package"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the run's folder")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key, as in deepspeed.ssr.probability=0.01",
+    )
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on from the folder's latest checkpoint")
+    existing.add_argument("--overwrite", action="store_true", help="remove the run that the folder holds")
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a finished run to show beside this one",
+    )
+    # torchrun and deepspeed's launcher may add it; the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def _be_alone() -> None:
+    """Started without a launcher: a process group of one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+if __name__ == "__main__":
+    main()

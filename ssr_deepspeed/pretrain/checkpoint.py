@@ -1,0 +1,94 @@
+"""Checkpoints that a killed process cannot spoil, and from which a run resumes bit for bit.
+
+DeepSpeed writes the engine's state. Beside it go each rank's random states. Only when every rank has
+written everything does rank 0 replace the file `latest` in one step, so it never names a
+half-written checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import deepspeed.comm as dist
+import numpy
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+_LATEST = "latest"
+
+
+def save(engine: DeepSpeedEngine, folder: Path, keep: int) -> None:
+    """Write a checkpoint of the current step, on all ranks together, and drop all but the newest `keep`."""
+    step = engine.global_steps
+    tag = f"step_{step}"
+    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    torch.save(_random_states(), folder / tag / f"random_rank_{dist.get_rank()}.pt")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        fresh = folder / f"{_LATEST}.new"
+        fresh.write_text(tag, encoding="utf-8")
+        os.replace(fresh, folder / _LATEST)
+        for old in _by_step(folder)[:-keep]:
+            if old.name != tag:
+                shutil.rmtree(old)
+    dist.barrier()
+
+
+def load(engine: DeepSpeedEngine, folder: Path) -> int:
+    """Restore the latest checkpoint; the number of optimizer steps taken, 0 when there is none.
+
+    Raises:
+        ValueError: it was written by another number of ranks.
+    """
+    if latest_step(folder) == 0:
+        return 0
+    tag = (folder / _LATEST).read_text(encoding="utf-8").strip()
+    states = sorted((folder / tag).glob("random_rank_*.pt"))
+    if len(states) != dist.get_world_size():
+        raise ValueError(
+            f"the checkpoint {folder / tag} was written by {len(states)} ranks; this run has {dist.get_world_size()}: "
+            "resume with as many, or start a new run"
+        )
+    loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
+    if loaded is None:
+        raise ValueError(f"DeepSpeed could not load the checkpoint {folder / tag}")
+    _restore(torch.load(folder / tag / f"random_rank_{dist.get_rank()}.pt", weights_only=False))
+    return engine.global_steps
+
+
+def latest_step(folder: Path) -> int:
+    """The optimizer step of the latest checkpoint, 0 when there is none."""
+    latest = folder / _LATEST
+    return _step_of(latest.read_text(encoding="utf-8").strip()) if latest.is_file() else 0
+
+
+def _step_of(tag: str) -> int:
+    return int(tag.removeprefix("step_"))
+
+
+def _by_step(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step_*"), key=lambda path: _step_of(path.name))
+
+
+def _random_states() -> dict[str, Any]:
+    accelerator = get_accelerator()
+    device = None if accelerator.device_name() == "cpu" else accelerator.get_rng_state()
+    return {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": device,
+    }
+
+
+def _restore(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    numpy.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["device"] is not None:
+        get_accelerator().set_rng_state(states["device"])

@@ -1,0 +1,277 @@
+"""The training run: engine, loop, records, checkpoints, report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from datasets.utils.logging import disable_progress_bar
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from tqdm import tqdm
+
+from ssr_deepspeed.collectives import gather_objects
+from ssr_deepspeed.hosts.engine import initialize
+from ssr_deepspeed.monitor.metrics import finite
+from ssr_deepspeed.monitor.report import write_report
+from ssr_deepspeed.monitor.sinks import JsonLines, keep_until
+from ssr_deepspeed.pretrain import checkpoint, data
+from ssr_deepspeed.pretrain.config import ModelConfig, RunConfig
+from ssr_deepspeed.pretrain.evaluate import evaluate
+from ssr_deepspeed.pretrain.model import MoELanguageModel
+
+METRICS = "metrics.jsonl"
+
+
+class Run:
+    """One pretraining run in its folder, on all ranks of an initialised process group.
+
+    Args:
+        config: the settings.
+        folder: gets `config.json`, `metrics.jsonl`, `checkpoints/`, `report.html` and the PNGs.
+        resume: go on from the folder's latest checkpoint; otherwise the folder must hold no run.
+
+    Raises:
+        ValueError: on every rank alike, for data or settings that cannot be used, a folder that
+            holds a run already, or a checkpoint of other settings.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, resume: bool) -> None:
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.folder = folder
+        self.config = _with_monitor(config, folder)
+        _check_layout(config.model, self.ranks)
+        self.corpus = data.open_corpus(_on_rank_zero_first(lambda: self._prepare(resume)))
+        torch.manual_seed(config.seed + self.rank)
+        self.engine = _build_engine(self.config, self.corpus.vocabulary, self.rank)
+        self.first_step = checkpoint.load(self.engine, folder / "checkpoints") if resume else 0
+        self.sink: JsonLines | None = None
+        if self.rank == 0:
+            self.sink = JsonLines(folder / METRICS)
+
+    def _prepare(self, resume: bool) -> Path:
+        """Rank 0's part before the engine is built: the folder and the tokenised text."""
+        resolved = self.config.to_dict()
+        file = self.folder / "config.json"
+        if file.exists():
+            if not resume:
+                raise ValueError(
+                    f"{self.folder} holds a run already: --resume it, --overwrite it or name another --output"
+                )
+            _check_same(json.loads(file.read_text(encoding="utf-8")), resolved, file)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+        # Before anyone opens the file to append: this replaces it.
+        keep_until(self.folder / METRICS, checkpoint.latest_step(self.folder / "checkpoints"))
+        return data.prepare(self.config.data)
+
+    def train(self) -> dict[str, Any]:
+        """Train to the last step, evaluate on all held-out text, and save. The last evaluation."""
+        engine, config = self.engine, self.config
+        micro, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
+        batches = data.training_batches(
+            self.corpus,
+            config.data,
+            first_step=self.first_step,
+            micro_batch=micro,
+            accumulation=accumulation,
+            rank=self.rank,
+            ranks=self.ranks,
+        )
+        progress = Progress(config, self.first_step, micro * accumulation * self.ranks, self.rank)
+        losses = []
+        engine.train()
+        for step in range(self.first_step + 1, config.steps + 1):
+            for _ in range(accumulation):
+                tokens_BL, labels_BL, _ = next(batches)
+                output = engine(tokens_BL.to(engine.device), labels_BL.to(engine.device))
+                engine.backward(output.loss)
+                engine.step()
+                losses.append(output.loss.detach())
+            progress.advance()
+            if step % config.log_every == 0 or step == config.steps:
+                self._record(progress.record(engine, _mean_over_ranks(losses)))
+                losses.clear()
+            if config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps:
+                progress.pause(lambda: checkpoint.save(engine, self.folder / "checkpoints", config.keep_checkpoints))
+            if config.eval_every and step % config.eval_every == 0:
+                progress.pause(lambda: self._evaluate(config.eval_sequences))
+        progress.close()
+        if self.first_step < config.steps:
+            checkpoint.save(engine, self.folder / "checkpoints", config.keep_checkpoints)
+        return self._evaluate(0, final=True)
+
+    def _evaluate(self, limit: int, final: bool = False) -> dict[str, Any]:
+        engine = self.engine
+        batches = data.heldout_batches(
+            self.corpus,
+            self.config.data,
+            limit=limit,
+            micro_batch=engine.train_micro_batch_size_per_gpu(),
+            rank=self.rank,
+            ranks=self.ranks,
+        )
+        result = {
+            "kind": "evaluation",
+            "step": engine.global_steps,
+            "final": final,
+            **evaluate(engine, batches, self.corpus),
+        }
+        self._record(result)
+        if self.rank == 0:
+            tqdm.write(
+                f"step {result['step']}: {result['bits_per_byte']:.3f} bits per byte on {result['tokens']} held-out tokens"
+            )
+        return result
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if self.sink:
+            self.sink.write(record)
+
+    def report(self, compare: list[Path]) -> None:
+        """Write `report.html` and its pictures, beside the runs in `compare`; rank 0 alone."""
+        if self.rank == 0:
+            write_report(self.folder, compare)
+            print(f"report: {self.folder / 'report.html'}", flush=True)
+
+
+class Progress:
+    """Throughput and the progress line: a live bar on a terminal, one line a record elsewhere."""
+
+    def __init__(self, config: RunConfig, first_step: int, sequences_per_step: int, rank: int) -> None:
+        self.tokens_per_step = sequences_per_step * config.data.sequence_length
+        self.steps, self.step, self.rank = config.steps, first_step, rank
+        self._steps_at_record, self._paused = first_step, 0.0
+        self._began = time.monotonic()
+        self._elapsed = 0.0
+        # tqdm hides the bar by itself where there is no terminal.
+        self._bar = tqdm(total=config.steps, initial=first_step, unit="step", disable=None if rank == 0 else True)
+
+    def advance(self) -> None:
+        self.step += 1
+        self._bar.update()
+
+    def pause(self, work: Callable[[], Any]) -> None:
+        """Do something that is not training, without counting its time."""
+        began = time.monotonic()
+        work()
+        self._paused += time.monotonic() - began
+
+    def record(self, engine: DeepSpeedEngine, loss: float) -> dict[str, Any]:
+        """The record since the last one, also shown."""
+        seconds = time.monotonic() - self._began - self._paused
+        self._elapsed += seconds
+        steps = self.step - self._steps_at_record
+        norm = engine.get_global_grad_norm()
+        record = {
+            "kind": "train",
+            "step": self.step,
+            "loss": loss,
+            "learning_rate": float(engine.get_lr()[0]),
+            "gradient_norm": None if norm is None else finite(norm),
+            "tokens_per_second": round(steps * self.tokens_per_step / seconds, 1),
+            "seconds": round(self._elapsed, 3),
+        }
+        self._began, self._paused, self._steps_at_record = time.monotonic(), 0.0, self.step
+        if self.rank == 0:
+            self._show(record, engine, seconds / steps)
+        return record
+
+    def _show(self, record: dict[str, Any], engine: DeepSpeedEngine, seconds_per_step: float) -> None:
+        report = engine.ssr.report
+        worst = (
+            [layer["max_vio"] for layer in report["layers"].values() if layer["max_vio"] is not None] if report else []
+        )
+        figures = {
+            "loss": f"{record['loss']:.3f}",
+            "lr": f"{record['learning_rate']:.1e}",
+            "tok/s": f"{record['tokens_per_second']:.0f}",
+            "imbalance": f"{max(worst):.2f}" if worst else "-",
+        }
+        self._bar.set_postfix(figures)
+        if self._bar.disable:
+            left = tqdm.format_interval(seconds_per_step * (self.steps - self.step))
+            line = "  ".join(f"{name} {value}" for name, value in figures.items())
+            print(f"step {self.step}/{self.steps}  {line}  ETA {left}", flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _build_engine(config: RunConfig, vocabulary: int, rank: int) -> DeepSpeedEngine:
+    if config.model.activation_checkpointing == "deepspeed":
+        deepspeed.checkpointing.configure(None, deepspeed_config=config.deepspeed)
+    model = MoELanguageModel(config.model, vocabulary, config.seed, rank % config.model.ep_size)
+    decay = config.deepspeed.get("optimizer", {}).get("params", {}).get("weight_decay", 0.0)
+    weights = list(model.parameters())
+    groups = [
+        {"name": "matrices", "params": [weight for weight in weights if weight.dim() >= 2], "weight_decay": decay},
+        {"name": "gains", "params": [weight for weight in weights if weight.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = split_params_into_different_moe_groups_for_optimizer(groups)
+    groups = [group for group in groups if group["params"]]
+    engine, *_ = initialize(model=model, model_parameters=groups, config=config.deepspeed)
+    return engine
+
+
+def _with_monitor(config: RunConfig, folder: Path) -> RunConfig:
+    """The load monitor reports at every progress record and into the run's metrics, unless set otherwise."""
+    block = dict(config.deepspeed["ssr"])
+    block["monitor"] = {"interval": config.log_every, "path": str(folder / METRICS), **block.get("monitor", {})}
+    return replace(config, deepspeed={**config.deepspeed, "ssr": block})
+
+
+def _check_layout(model: ModelConfig, ranks: int) -> None:
+    if ranks % model.ep_size:
+        raise ValueError(
+            f"model.ep_size = {model.ep_size} does not divide the {ranks} ranks of this run: "
+            f"launch a multiple of {model.ep_size} processes or set model.ep_size"
+        )
+
+
+def _check_same(old: dict[str, Any], new: dict[str, Any], file: Path) -> None:
+    """A resumed run may be longer and log otherwise, but not be another model on other data."""
+    for section in ("model", "data", "seed"):
+        if old.get(section) != new.get(section):
+            raise ValueError(
+                f"cannot resume: {section} differs from {file}: {old.get(section)!r} there, {new.get(section)!r} now"
+            )
+
+
+def _on_rank_zero_first(work: Callable[[], Path]) -> Path:
+    """Do `work` on rank 0 and give every rank its result, or every rank its error."""
+    result: tuple[str, str] = ("", "")
+    if dist.get_rank() == 0:
+        try:
+            result = ("path", str(work()))
+        except (ValueError, OSError) as error:
+            result = ("error", str(error))
+    else:
+        disable_progress_bar()
+    kind, text = gather_objects(result)[0]
+    if kind == "error":
+        raise ValueError(text)
+    return Path(text)
+
+
+def _mean_over_ranks(losses: list[torch.Tensor]) -> float:
+    mean = torch.stack(losses).double().mean()
+    dist.all_reduce(mean)
+    return float(mean / dist.get_world_size())
+
+
+def clear(folder: Path) -> None:
+    """Remove an earlier run from its folder: only what a run writes."""
+    if not (folder / "config.json").exists():
+        return
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for name in ("config.json", METRICS, "report.html", "loss.png", "load.png"):
+        (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,17 @@
+"""From router logits to routes: which experts each token takes, with which weight, in which slot."""
+
+from ssr_deepspeed.routing.capacity import Slots, expert_capacity, fill_slots, surviving_weights
+from ssr_deepspeed.routing.coin import is_transport_step
+from ssr_deepspeed.routing.plan import RoutePlan, route
+from ssr_deepspeed.routing.ssr import transport_potentials
+
+__all__ = [
+    "RoutePlan",
+    "Slots",
+    "expert_capacity",
+    "fill_slots",
+    "is_transport_step",
+    "route",
+    "surviving_weights",
+    "transport_potentials",
+]

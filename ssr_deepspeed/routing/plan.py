@@ -1,0 +1,98 @@
+"""Logits and expert potentials to routes.
+
+    softmax step     P_i = softmax(Z_i)                         potentials None
+    transport step   P_i = softmax((C_i + g) / xi)              C = Z (SSR-L) or softmax(Z) (SSR-S)
+
+A token takes the k experts with the largest `P_ij`, that is the largest `C_ij + g_j`. For k > 1
+its weights are those `P_ij` renormalised, the KL projection of `P_i` on k experts. For k = 1 a
+renormalised weight would be 1 and teach the router nothing: there the weight is `softmax(Z_i)` at
+the chosen expert on both kinds of step (as in Switch, arXiv 2101.03961, and S-BASE, 2202.01169).
+
+Shapes: T tokens, E experts, K choices a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssr_deepspeed.config import Cost
+
+
+@dataclass(frozen=True)
+class RoutePlan:
+    """The routes of T tokens before any capacity limit, best first."""
+
+    experts_TK: Tensor
+    """int64, distinct in each row."""
+    mass_TK: Tensor
+    """Plan mass `P_ij` of each route (for k = 1 the softmax probability): the gradient's only path."""
+    log_mass_TK: Tensor
+    """Logarithm of the plan mass, without gradient and without underflow: what a full expert keeps by."""
+    used_T: Tensor | None
+    """bool; False marks padding, which is never routed. None: no padding."""
+    demand_E: Tensor
+    """int64, routes each expert was asked to take, padding not counted."""
+
+
+def route(
+    logits: Tensor,
+    potentials: Tensor | None = None,
+    *,
+    k: int,
+    cost: Cost = "linear",
+    entropy: float = 1.0,
+    detach: bool = False,
+    mask: Tensor | None = None,
+) -> RoutePlan:
+    """Choose k experts for every token.
+
+    Args:
+        logits: router logits `Z [T, E]`, fp32 or fp64.
+        potentials: `g [E]` in units of the compatibility, or None for plain softmax routing. Their
+            gradient is followed if they have one.
+        k: experts a token, 1 to E.
+        cost: compatibility of a transport step.
+        entropy: `xi` of a transport step.
+        detach: on a transport step with k > 1, give the plan no gradient.
+        mask: T entries of any shape and dtype; zero marks padding.
+
+    Raises:
+        ValueError: k below 1 or above the number of experts, or a mask of another length.
+    """
+    tokens, experts = logits.shape
+    if not 1 <= k <= experts:
+        raise ValueError(f"k = {k} experts a token out of {experts}; allowed: 1 to {experts}")
+    if potentials is None:
+        cost, entropy, detach = "linear", 1.0, False
+    scores_TE = logits if cost == "linear" else torch.softmax(logits, dim=1)
+    if detach:
+        scores_TE = scores_TE.detach()
+        potentials = None if potentials is None else potentials.detach()
+    with torch.no_grad():
+        scaled_TE = scores_TE if potentials is None else (scores_TE + potentials) / entropy
+        top_TK, experts_TK = torch.topk(scaled_TE, k, dim=1)
+        log_total_T1 = torch.logsumexp(scaled_TE, dim=1, keepdim=True)
+    if k == 1:
+        mass_TK = torch.softmax(logits, dim=1).gather(1, experts_TK)
+    else:
+        # The row's total cancels when the weights are renormalised, so it needs no gradient, and
+        # gathering before scaling keeps everything stored for the backward pass at T x K.
+        chosen_TK = scores_TE.gather(1, experts_TK)
+        if potentials is not None:
+            chosen_TK = (chosen_TK + potentials[experts_TK]) / entropy
+        mass_TK = (chosen_TK - log_total_T1).exp()
+    used_T = _used(mask, tokens)
+    asked_TK = torch.ones_like(experts_TK) if used_T is None else used_T.unsqueeze(1).expand_as(experts_TK).long()
+    demand_E = experts_TK.new_zeros(experts).scatter_add_(0, experts_TK.reshape(-1), asked_TK.reshape(-1))
+    return RoutePlan(experts_TK, mass_TK, top_TK - log_total_T1, used_T, demand_E)
+
+
+def _used(mask: Tensor | None, tokens: int) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.numel() != tokens:
+        raise ValueError(f"used_token has {mask.numel()} entries for {tokens} tokens; give one entry a token")
+    return mask.reshape(-1) != 0
