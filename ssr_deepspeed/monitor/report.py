@@ -80,10 +80,9 @@ def summary(run: RunRecords) -> dict[str, str]:
     """The figures of a run by name, as text."""
     last, final = run.train[-1], [record for record in run.evaluation if record["final"]]
     seconds = last["seconds"]
-    per_step = _tokens_per_step(run)
     figures = {
         "optimizer steps": f"{last['step']}",
-        "training tokens": f"{last['step'] * per_step:,}" if per_step else "-",
+        "training tokens": f"{last['tokens']:,}",
         "training time": f"{seconds / 60:.1f} min",
         "tokens a second (median)": f"{sorted(r['tokens_per_second'] for r in run.train)[len(run.train) // 2]:,.0f}",
         "training loss (last record)": f"{last['loss']:.3f} nats",
@@ -214,11 +213,6 @@ def _table(head: Sequence[str], rows: Any) -> str:
         for row in rows
     ]
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
-
-
-def _tokens_per_step(run: RunRecords) -> int | None:
-    batch = run.config["deepspeed"].get("train_batch_size")
-    return None if batch is None else batch * run.config["data"]["sequence_length"]
 
 
 def _numbers(values: Sequence[float | None]) -> str:

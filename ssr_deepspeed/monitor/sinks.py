@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from ssr_deepspeed.files import replace_text
 
 # Per layer, what the engine's scalar monitors get; the JSON lines hold everything.
 _SCALARS = ("max_vio", "drop_rate", "dead_share", "transport_share")
@@ -46,9 +47,7 @@ def keep_until(path: str | Path, step: int) -> None:
     if not path.exists():
         return
     kept = [record for record in read_json_lines(path) if record["step"] <= step]
-    fresh = path.with_suffix(path.suffix + ".new")
-    fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(fresh, path)
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def engine_events(layers: dict[str, dict[str, Any]], samples: int) -> list[tuple[str, float, int]]:

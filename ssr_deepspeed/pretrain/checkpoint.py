@@ -7,7 +7,6 @@ half-written checkpoint.
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from pathlib import Path
@@ -18,6 +17,8 @@ import numpy
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
+
+from ssr_deepspeed.files import replace_text
 
 _LATEST = "latest"
 
@@ -30,9 +31,7 @@ def save(engine: DeepSpeedEngine, folder: Path, keep: int) -> None:
     torch.save(_random_states(), folder / tag / f"random_rank_{dist.get_rank()}.pt")
     dist.barrier()
     if dist.get_rank() == 0:
-        fresh = folder / f"{_LATEST}.new"
-        fresh.write_text(tag, encoding="utf-8")
-        os.replace(fresh, folder / _LATEST)
+        replace_text(folder / _LATEST, tag)
         for old in _by_step(folder)[:-keep]:
             if old.name != tag:
                 shutil.rmtree(old)

@@ -159,7 +159,7 @@ def training_batches(
             yield batch
             sample += ranks * micro_batch
 
-    return iter(DataLoader(sequences, batch_sampler=indices(), num_workers=config.workers))
+    return iter(_loader(sequences, batch_sampler=indices(), num_workers=config.workers))
 
 
 def heldout_batches(
@@ -177,7 +177,13 @@ def heldout_batches(
     mine = chosen[rank::ranks]
     batches = -(-len(chosen) // (ranks * micro_batch))
     mine += [-1] * (batches * micro_batch - len(mine))
-    return DataLoader(sequences, batch_size=micro_batch, sampler=mine)
+    return _loader(sequences, batch_size=micro_batch, sampler=mine)
+
+
+def _loader(sequences: Sequences, **options: Any) -> DataLoader:
+    # With a generator of its own, a loader draws nothing from the global random state, which a
+    # resumed run must find as the uninterrupted one does.
+    return DataLoader(sequences, generator=torch.Generator(), **options)
 
 
 def _text_files(source: str) -> list[str]:

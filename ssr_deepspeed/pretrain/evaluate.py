@@ -26,13 +26,13 @@ def evaluate(engine: DeepSpeedEngine, batches: DataLoader, corpus: Corpus) -> di
     """
     engine.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
-    loads = None
+    loads = torch.zeros((), dtype=torch.float64, device=engine.device)
     for tokens_BL, labels_BL, used_BL in batches:
         output = engine(tokens_BL.to(engine.device), labels_BL.to(engine.device), used_BL.to(engine.device))
         targets = labels_BL[labels_BL != IGNORED]
         known = [float(corpus.bytes_per_token[targets].sum()), float(len(targets))]
         totals += torch.cat([output.nats.double().reshape(1), torch.tensor(known, device=engine.device)])
-        loads = output.counts_NE.double() if loads is None else loads + output.counts_NE
+        loads = loads + output.counts_NE
     engine.train()
     dist.all_reduce(totals)
     dist.all_reduce(loads)

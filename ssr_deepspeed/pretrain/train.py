@@ -19,6 +19,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from tqdm import tqdm
 
 from ssr_deepspeed.collectives import gather_objects
+from ssr_deepspeed.files import replace_text
 from ssr_deepspeed.hosts.engine import initialize
 from ssr_deepspeed.monitor.metrics import finite
 from ssr_deepspeed.monitor.report import write_report
@@ -68,7 +69,7 @@ class Run:
                 )
             _check_same(json.loads(file.read_text(encoding="utf-8")), resolved, file)
         self.folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+        replace_text(file, json.dumps(resolved, indent=2) + "\n")
         # Before anyone opens the file to append: this replaces it.
         keep_until(self.folder / METRICS, checkpoint.latest_step(self.folder / "checkpoints"))
         return data.prepare(self.config.data)
@@ -100,10 +101,11 @@ class Run:
             if step % config.log_every == 0 or step == config.steps:
                 self._record(progress.record(engine, _mean_over_ranks(losses)))
                 losses.clear()
-            if config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps:
-                progress.pause(lambda: checkpoint.save(engine, self.folder / "checkpoints", config.keep_checkpoints))
             if config.eval_every and step % config.eval_every == 0:
                 progress.pause(lambda: self._evaluate(config.eval_sequences))
+            # After the step's records, which a run resumed from here will not write again.
+            if config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps:
+                progress.pause(lambda: checkpoint.save(engine, self.folder / "checkpoints", config.keep_checkpoints))
         progress.close()
         if self.first_step < config.steps:
             checkpoint.save(engine, self.folder / "checkpoints", config.keep_checkpoints)
@@ -174,6 +176,7 @@ class Progress:
         record = {
             "kind": "train",
             "step": self.step,
+            "tokens": self.step * self.tokens_per_step,
             "loss": loss,
             "learning_rate": float(engine.get_lr()[0]),
             "gradient_norm": None if norm is None else finite(norm),

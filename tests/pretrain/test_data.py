@@ -1,0 +1,137 @@
+import itertools
+import json
+
+import numpy
+import pytest
+import torch
+
+from ssr_deepspeed.pretrain import data
+from ssr_deepspeed.pretrain.config import DataConfig
+from ssr_deepspeed.pretrain.model import IGNORED
+
+
+@pytest.fixture(scope="module")
+def speeches(tmp_path_factory):
+    return data.read_documents(DataConfig())
+
+
+def corpus_of(config):
+    return data.open_corpus(data.prepare(config))
+
+
+def write_documents(folder, count=20):
+    texts = [f"Document {i}: " + "añ ß 漢 " * (i + 1) for i in range(count)]
+    for i, text in enumerate(texts):
+        (folder / f"{i:02}.txt").write_text(text, encoding="utf-8")
+    return texts
+
+
+def split_at(tokens, end):
+    places = numpy.flatnonzero(tokens == end)
+    return [part.tolist() for part in numpy.split(tokens, places + 1)[:-1]]
+
+
+def test_bytes_hold_every_document_whole_and_each_on_one_side_of_the_split(tmp_path):
+    texts = write_documents(tmp_path)
+    corpus = corpus_of(DataConfig(source=str(tmp_path), heldout=0.2, cache=str(tmp_path / "cache")))
+    sides = [{bytes(part[:-1]).decode() for part in split_at(side, 256)} for side in (corpus.training, corpus.heldout)]
+    assert sides[0] | sides[1] == set(texts)
+    assert not sides[0] & sides[1]
+    assert len(sides[1]) == 4
+    assert corpus.vocabulary == 257
+
+
+def test_a_trained_bpe_gives_the_text_back_and_knows_the_bytes_of_each_token(tmp_path):
+    texts = write_documents(tmp_path)
+    config = DataConfig(source=str(tmp_path), tokenizer="bpe", vocabulary=300, cache=str(tmp_path / "cache"))
+    corpus = corpus_of(config)
+    folder = data.prepare(config)
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    end = tokenizer.token_to_id(data.END)
+    found = {}
+    for side in (corpus.training, corpus.heldout):
+        for part in split_at(side, end):
+            found[tokenizer.decode(part[:-1])] = int(corpus.bytes_per_token[part].sum())
+    assert found == {text: len(text.encode()) for text in texts}
+
+
+def test_the_default_text_is_the_installed_speeches(speeches):
+    assert len(speeches) == 249
+    assert sum(len(text) for text in speeches["text"]) > 11_000_000
+
+
+def test_json_lines_are_read_by_column(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text("\n".join(json.dumps({"body": f"text {i}"}) for i in range(5)))
+    assert data.read_documents(DataConfig(source=str(file), column="body"))["body"] == [f"text {i}" for i in range(5)]
+
+
+def test_a_second_preparation_finds_the_first(tmp_path):
+    write_documents(tmp_path)
+    config = DataConfig(source=str(tmp_path), cache=str(tmp_path / "cache"))
+    folder = data.prepare(config)
+    stamp = (folder / "training.bin").stat().st_mtime_ns
+    assert data.prepare(config) == folder
+    assert (folder / "training.bin").stat().st_mtime_ns == stamp
+    assert data.prepare(DataConfig(source=str(tmp_path), cache=str(tmp_path / "cache"), seed=1)) != folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"source": "/nowhere/x.txt"}, "no such file"),
+        ({"source": "{tmp}/*.txt"}, "matches no file"),
+        ({"source": "{tmp}"}, "without .txt files"),
+        ({"source": "{tmp}/one.text"}, "holds 1 document"),
+        ({"source": "{tmp}/two.jsonl", "column": "body"}, r"data.column = 'body'.*\['text'\]"),
+    ],
+)
+def test_text_that_cannot_be_used_is_refused(tmp_path, settings, words):
+    (tmp_path / "one.text").write_text("only one")
+    (tmp_path / "two.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    settings["source"] = settings["source"].replace("{tmp}", str(tmp_path))
+    with pytest.raises(ValueError, match=words):
+        data.read_documents(DataConfig(**settings))
+
+
+@pytest.mark.parametrize("length", [7, 10, 33])
+def test_windows_predict_every_token_once(length):
+    tokens = numpy.arange(100, dtype=numpy.uint16)
+    sequences = data.Sequences(tokens, length, whole=False)
+    inputs, labels, used = (torch.stack(part) for part in zip(*(sequences[i] for i in range(len(sequences))), strict=True))
+    assert labels[used].tolist() == list(range(1, 100))
+    assert torch.equal(inputs[used], labels[used] - 1)
+    assert (labels[~used] == IGNORED).all()
+
+
+def batches_of(ranks, first_step, count):
+    tokens = numpy.arange(500, dtype=numpy.uint16)
+    corpus = data.Corpus(tokens, tokens, 500, torch.ones(500))
+    config = DataConfig(sequence_length=10)
+    options = {"first_step": first_step, "micro_batch": 8 // ranks, "accumulation": 2}
+    streams = [data.training_batches(corpus, config, rank=rank, ranks=ranks, **options) for rank in range(ranks)]
+    return [
+        torch.cat([batch[0] for batch in group])[:, 0].tolist()
+        for group in itertools.islice(zip(*streams, strict=True), count)
+    ]
+
+
+def test_ranks_share_the_order_out_and_a_resumed_run_goes_on_in_it():
+    whole = batches_of(1, 0, 20)
+    assert batches_of(2, 0, 20) == whole
+    assert batches_of(2, 4, 12) == whole[8:]
+    first_epoch = [start for batch in whole for start in batch][:49]
+    assert sorted(first_epoch) == list(range(0, 490, 10))
+
+
+@pytest.mark.parametrize("limit", [0, 5])
+def test_held_out_sequences_are_shared_out_without_loss_and_in_equal_numbers(limit):
+    tokens = numpy.arange(100, dtype=numpy.uint16)
+    corpus = data.Corpus(tokens, tokens, 500, torch.ones(500))
+    options = {"limit": limit, "micro_batch": 2, "ranks": 3}
+    by_rank = [list(data.heldout_batches(corpus, DataConfig(sequence_length=9), rank=r, **options)) for r in range(3)]
+    assert len({len(batches) for batches in by_rank}) == 1
+    targets = torch.cat([labels[used] for batches in by_rank for _, labels, used in batches])
+    assert len(targets.unique()) == len(targets) == (99 if limit == 0 else 45)

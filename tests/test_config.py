@@ -1,0 +1,88 @@
+import json
+
+import pytest
+
+from ssr_deepspeed.config import PRESETS, ProbabilitySchedule, SSRConfig, find_block
+
+
+def test_an_empty_block_gives_the_defaults():
+    assert SSRConfig.from_dict({}) == SSRConfig()
+
+
+def test_every_field_goes_through_json_and_back():
+    config = SSRConfig.from_dict(
+        {
+            "probability": {"warmup_steps": 5, "decay_steps": 10, "final": 0.1},
+            "cost": "softmax",
+            "entropy": 0.5,
+            "solver": {"tolerance": 1e-2, "max_iterations": 7},
+            "noise": {"scale": 1, "steps": "both"},
+            "gradient": "implicit",
+            "scope": "data_parallel",
+            "per": "layer",
+            "seed": 3,
+            "monitor": {"interval": 0, "path": "x.jsonl"},
+        }
+    )
+    assert SSRConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({"probabilty": 0.1}, ["ssr.probabilty", "0.1", "probability"]),
+        ({"probability": 1.5}, ["ssr.probability", "1.5", "0 to 1"]),
+        ({"probability": "0.1"}, ["ssr.probability", "'0.1'", "float"]),
+        ({"probability": {"warmup_steps": 5, "finale": 0.1}}, ["ssr.probability.finale", "final"]),
+        ({"probability": {}}, ["ssr.probability", "warmup_steps"]),
+        ({"probability": {"warmup_steps": -1}}, ["ssr.probability.warmup_steps", "-1", "at least 0"]),
+        ({"cost": "linaer"}, ["ssr.cost", "'linaer'", "linear", "softmax"]),
+        ({"entropy": 0}, ["ssr.entropy", "0", "above 0"]),
+        ({"entropy": float("nan")}, ["ssr.entropy", "nan", "finite"]),
+        ({"entropy": True}, ["ssr.entropy", "True", "float"]),
+        ({"solver": "sinkhorn"}, ["ssr.solver", "'sinkhorn'", "SolverConfig"]),
+        ({"solver": {"tolerance": 2}}, ["ssr.solver.tolerance", "2", "below 1"]),
+        ({"solver": {"max_iterations": 1.5}}, ["ssr.solver.max_iterations", "1.5", "int"]),
+        ({"noise": {"scale": -1}}, ["ssr.noise.scale", "-1"]),
+        ({"gradient": "auto"}, ["ssr.gradient", "auto"]),
+        ({"monitor": {"path": "auto"}}, ["ssr.monitor.path", "auto"]),
+        ({"scope": "world"}, ["ssr.scope", "'world'", "expert_parallel"]),
+        ({"preset": "papre"}, ["ssr.preset", "'papre'", "paper"]),
+        ({"seed": -1}, ["ssr.seed", "-1"]),
+        ([], ["ssr", "JSON object"]),
+    ],
+)
+def test_a_wrong_block_is_refused_by_name_value_and_what_is_allowed(block, words):
+    with pytest.raises(ValueError) as error:
+        SSRConfig.from_dict(block)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["newton", "sns", "adaptive"])
+def test_a_planned_solver_says_that_it_is_not_there_yet(name):
+    with pytest.raises(NotImplementedError, match=rf"ssr\.solver\.name.*{name}"):
+        SSRConfig.from_dict({"solver": {"name": name}})
+
+
+def test_a_preset_fills_in_and_given_keys_override_it():
+    config = SSRConfig.from_dict({"preset": "paper", "entropy": 0.5, "solver": {"max_iterations": 20}})
+    assert (config.cost, config.entropy) == ("softmax", 0.5)
+    assert config.solver.tolerance == PRESETS["paper"]["solver"]["tolerance"]
+    assert config.solver.max_iterations == 20
+
+
+def test_a_schedule_warms_up_decays_linearly_and_stays():
+    schedule = ProbabilitySchedule(warmup=1.0, warmup_steps=2, decay_steps=4, final=0.2)
+    assert [schedule.at(step) for step in range(8)] == pytest.approx([1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.2])
+
+
+@pytest.mark.parametrize("key", ["SSR", "srs", "ssr_config", "ssr-deepspeed", "rss"])
+def test_a_misspelt_block_is_found(key):
+    with pytest.raises(ValueError, match=f'"{key}".*"ssr"'):
+        find_block({"train_batch_size": 8, key: {}})
+
+
+def test_deepspeeds_own_keys_are_no_misspelt_block():
+    keys = ["train_batch_size", "zero_optimization", "bf16", "optimizer", "steps_per_print", "sparse_attention"]
+    assert find_block({key: {} for key in keys}) is None

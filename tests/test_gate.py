@@ -1,0 +1,231 @@
+import inspect
+import math
+
+import pytest
+import torch
+from deepspeed.moe.sharded_moe import MOELayer, TopKGate, topkgating
+
+import ssr_deepspeed.gate
+from ssr_deepspeed.config import SSRConfig
+from ssr_deepspeed.gate import SSRGate
+
+
+def make_gate(k=2, experts=8, width=16, factor=1.0, eval_factor=2.0, least=4, drop=True, **block):
+    block.setdefault("probability", 0.0)
+    torch.manual_seed(3)
+    return SSRGate(width, experts, k, factor, eval_factor, least, drop_tokens=drop, config=SSRConfig.from_dict(block))
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("drop", [True, False])
+@pytest.mark.parametrize("k", [3, 4, 8])
+def test_a_softmax_step_is_topkgating(k, drop, sparse):
+    gate, x = make_gate(k, drop=drop), torch.randn(64, 16) * 3
+    logits = torch.nn.functional.linear(x, gate.wg.weight)
+    ours = gate(x, None, sparse)
+    theirs = topkgating(logits, k, 1.0, 4, drop, None, sparse_routes=sparse)
+    assert len(ours) == len(theirs)
+    for mine, his in zip(ours[1:], theirs[1:], strict=True):
+        mine, his = torch.as_tensor(mine), torch.as_tensor(his)
+        if his.is_floating_point():
+            assert mine.dtype == his.dtype
+            torch.testing.assert_close(mine, his)
+        else:
+            assert torch.equal(mine, his)
+
+
+@pytest.mark.parametrize("transport", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("drop", [True, False])
+def test_both_return_forms_hold_the_same_routes_and_obey_the_contract(k, drop, transport):
+    gate, x = make_gate(k, drop=drop), torch.randn(50, 16) * 3
+    gate.ssr.transport = transport
+    l_aux, capacity, experts, indices, locations, gates, counts = gate(x, None, True, False)
+    _, combine, dispatch, dense_counts = gate(x, None, False, True)
+    capacity = int(capacity)
+    assert indices.dtype == locations.dtype == torch.int32
+    assert gates.dtype == l_aux.dtype == torch.float32
+    assert counts.dtype == torch.int64
+    assert all(t.is_contiguous() and t.shape == (k, 50) for t in (indices, locations, gates))
+    assert experts == 8
+    assert int(counts.sum()) == 50 * k
+    assert torch.equal(counts, dense_counts)
+    rebuilt = torch.zeros(50, 8, capacity)
+    for choice in range(k):
+        for token in range(50):
+            if indices[choice, token] >= 0:
+                rebuilt[token, indices[choice, token], locations[choice, token]] += gates[choice, token]
+    torch.testing.assert_close(combine, rebuilt)
+    assert torch.equal(dispatch, combine > 0)
+    assert int(dispatch.sum(0).max()) <= 1
+    assert torch.equal(dispatch.sum((0, 2)), counts.clamp(max=capacity))
+
+
+def test_the_auxiliary_loss_is_an_exact_zero_with_a_graph():
+    gate, x = make_gate(), torch.randn(10, 16, requires_grad=True)
+    l_aux = gate(x, None, True)[0]
+    assert l_aux.item() == 0.0
+    l_aux.backward()
+    assert torch.equal(gate.wg.weight.grad, torch.zeros_like(gate.wg.weight))
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    infinite = torch.full_like(x, math.inf)
+    assert gate(infinite, None, True)[0].item() == 0.0
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_evaluation_is_deterministic_plain_softmax_with_its_own_capacity(k):
+    gate = make_gate(k, probability=1.0, noise={"scale": 5.0, "steps": "both"}, factor=1.0, eval_factor=2.0).eval()
+    x = torch.randn(64, 16) * 3
+    first, second = gate(x, None, True), gate(x, None, True)
+    assert int(first[1]) == 64 * k * 2 // 8
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    chosen = torch.nn.functional.linear(x, gate.wg.weight).topk(k).indices.t()
+    kept = first[3] >= 0
+    assert torch.equal(first[3].long()[kept], chosen[kept])
+
+
+@pytest.mark.parametrize(("steps", "on_softmax", "on_transport"), [("softmax", 1, 0), ("transport", 0, 1), ("both", 1, 1)])
+def test_noise_falls_on_the_steps_it_is_for(steps, on_softmax, on_transport):
+    gate, x = make_gate(noise={"scale": 3.0, "steps": steps}), torch.randn(64, 16)
+    for transport, noisy in ((False, on_softmax), (True, on_transport)):
+        gate.ssr.transport = transport
+        gates = [gate(x, None, True)[5] for _ in range(2)]
+        assert torch.equal(*gates) != bool(noisy)
+
+
+def test_a_transport_step_balances_what_softmax_does_not():
+    gate, x = make_gate(2, drop=False), torch.randn(512, 16) + 2 * torch.randn(16)
+    softmax = gate(x, None, True)[-1]
+    gate.ssr.transport = True
+    transport = gate(x, None, True)[-1]
+    assert transport.max() < 0.6 * softmax.max()
+    assert float(gate.ssr.solution.error) <= 1e-3
+
+
+@pytest.mark.parametrize("gradient", ["detach", "partial", "implicit"])
+def test_the_gradient_option_reaches_the_weight(gradient):
+    x = torch.randn(64, 16)
+    goal = torch.randn(2, 64)
+
+    def gradient_of(name):
+        gate = make_gate(2, drop=False, gradient=name, probability=1.0)
+        gates = gate(x, None, True)[5]
+        if not gates.requires_grad:
+            return None
+        (gates * goal).sum().backward()
+        return gate.wg.weight.grad
+
+    mine = gradient_of(gradient)
+    assert (mine is None) == (gradient == "detach")
+    if gradient == "implicit":
+        partial = gradient_of("partial")
+        assert not torch.allclose(mine, partial)
+        assert torch.cosine_similarity(mine.flatten(), partial.flatten(), dim=0) > 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_are_fp32_whatever_the_engines_dtype_and_autocast(dtype):
+    gate, x = make_gate(probability=1.0), torch.randn(64, 16).to(dtype)
+    expected = gate(x.float(), None, True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = gate(x, None, True)
+    for a, b in zip(expected, got, strict=True):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("transport", [False, True])
+@pytest.mark.parametrize("form", [torch.bool, torch.int64, torch.float32])
+def test_padding_changes_nothing_for_the_tokens_in_use(k, transport, form):
+    gate, x = make_gate(k, drop=False), torch.randn(60, 16)
+    gate.ssr.transport = transport
+    used = torch.arange(60) % 4 != 0
+    padded = x.clone()
+    padded[~used] = 100.0
+    bare = gate(x[used], None, True)
+    full = gate(padded, used.to(form).reshape(6, 10), True)
+    assert torch.equal(full[-1], bare[-1])
+    assert torch.equal(full[3][:, used], bare[3])
+    assert torch.equal(full[3][:, ~used], torch.full_like(full[3][:, ~used], -1))
+    torch.testing.assert_close(full[5][:, used], bare[5])
+    assert not full[5][:, ~used].any()
+
+
+def test_a_batch_of_padding_alone_routes_nothing():
+    gate = make_gate(drop=False, probability=1.0)
+    out = gate(torch.randn(6, 16), torch.zeros(6), True)
+    assert int(out[-1].sum()) == 0
+    assert int(out[1]) == 1
+    assert (out[3] == -1).all()
+
+
+def test_fewer_tokens_than_the_least_capacity_are_all_kept():
+    out = make_gate(1, least=8)(torch.randn(3, 16), None, True)
+    assert int(out[1]) == 8
+    assert (out[3] >= 0).all()
+
+
+def test_the_state_dict_is_topkgates_both_ways():
+    ours, theirs = make_gate(), TopKGate(16, 8, 2)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+
+
+def test_adopting_keeps_the_weight_and_releasing_gives_the_gate_back():
+    gate = TopKGate(16, 8, 3)
+    weight, handle = gate.wg.weight, gate.register_forward_hook(lambda *_: None)
+    before = dict(vars(gate))
+    adopted = SSRGate.adopt(gate, SSRConfig(), 0)
+    assert adopted is gate
+    assert isinstance(gate, TopKGate)
+    assert gate.wg.weight is weight
+    assert handle.id in gate._forward_hooks
+    assert type(gate.release()) is TopKGate
+    assert vars(gate) == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda gate: setattr(gate, "forward", gate.forward), "forward of its own"),
+        (lambda gate: setattr(gate, "k", 9), "k = 9 experts a token out of 8"),
+        (lambda gate: setattr(gate, "__class__", type("MyGate", (TopKGate,), {})), "MyGate is a gate of its own kind"),
+    ],
+)
+def test_a_gate_that_cannot_be_replaced_is_refused(spoil, words):
+    gate = TopKGate(16, 8, 2)
+    spoil(gate)
+    with pytest.raises(ValueError, match=words):
+        SSRGate.adopt(gate, SSRConfig(), 0)
+
+
+def test_the_wall_clock_breakdown_sees_the_gate():
+    gate = make_gate()
+    gate.wall_clock_breakdown = True
+    gate(torch.randn(64, 16), None, True)
+    assert gate.gate_time > 0
+
+
+def test_the_layer_dispatches_and_combines_with_it():
+    """With identity experts, a token whose routes all survive comes back as itself."""
+    gate = make_gate(2, drop=False, probability=1.0)
+    layer = MOELayer(gate, torch.nn.Identity(), "ep_size_1", 1, 8)
+    x = torch.randn(4, 10, 16)
+    torch.testing.assert_close(layer(x, None), x)
+    assert float(layer.l_aux) == 0
+
+
+def test_the_tutel_form_of_the_old_contract_has_lists(monkeypatch):
+    monkeypatch.setattr(ssr_deepspeed.gate, "HOST_HAS_SPARSE_ROUTES", False)
+    out = make_gate(1)(torch.randn(64, 16), None, True)
+    assert [type(out[i]) for i in (3, 4, 5)] == [list] * 3
+    assert len(out[3]) == 1
+    assert out[3][0].shape == (64,)
+
+
+def test_the_contract_is_told_from_the_hosts_signature():
+    assert ssr_deepspeed.gate.HOST_HAS_SPARSE_ROUTES == (
+        "sparse_routes" in inspect.signature(TopKGate.forward).parameters
+    )
