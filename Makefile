@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUNS ?= runs
 export RANKS ?= 2
 
-.PHONY: pretrain test test-all lint setup clean
+.PHONY: pretrain test test-all test-hosts lint setup clean
 
 setup: $(VENV)/.installed
 
@@ -18,7 +18,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 
 # A short run that never routes by transport, then the run itself, whose report shows both.
 pretrain: setup
-	launch/pretrain.sh --config tiny_cpu --output $(RUNS)/softmax --overwrite --set deepspeed.ssr.probability=0 --set steps=300
+	launch/pretrain.sh --config tiny_cpu --output $(RUNS)/softmax --overwrite --set deepspeed.ssr.probability=0 --set steps=200
 	launch/pretrain.sh --config tiny_cpu --output $(RUNS)/ssr --overwrite --compare $(RUNS)/softmax
 
 test: setup
@@ -26,6 +26,15 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -m ''
+
+# Older DeepSpeed versions, each beside the environment's own and with compiled operators of its own.
+HOSTS := 0.16.9 0.19.3
+test-hosts: setup
+	for version in $(HOSTS); do \
+	  home=$(CURDIR)/$(VENV)/deepspeed-$$version; \
+	  test -d $$home || $(BIN)/python -m pip install --quiet --no-deps --target $$home deepspeed==$$version || exit; \
+	  TORCH_EXTENSIONS_DIR=$$home/extensions PYTHONPATH=$$home $(BIN)/python -m pytest tests/hosts || exit; \
+	done
 
 lint: setup
 	$(BIN)/ruff check .

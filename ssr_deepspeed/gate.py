@@ -87,7 +87,7 @@ class SSRGate(TopKGate):
     def refusal(gate: TopKGate) -> str | None:
         """Why a gate cannot be replaced, as a sentence, or None when it can."""
         experts = gate.wg.weight.shape[0]
-        if type(gate) is not TopKGate:
+        if type(gate) not in (TopKGate, SSRGate):
             return f"{type(gate).__qualname__} is a gate of its own kind: SSR replaces only TopKGate itself"
         if "forward" in vars(gate):
             return (
@@ -117,7 +117,7 @@ class SSRGate(TopKGate):
     def release(self) -> TopKGate:
         """Turn the gate back into the `TopKGate` it was, in place."""
         del self.ssr
-        self.__class__ = TopKGate  # type: ignore[assignment]
+        self.__class__ = TopKGate
         return self
 
     def set_step(self, step: int) -> None:
@@ -127,7 +127,7 @@ class SSRGate(TopKGate):
         """
         self.ssr.transport = is_transport_step(self.ssr.config, step, self.ssr.layer)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Tensor,
         used_token: Tensor | None = None,

@@ -52,14 +52,23 @@ def test_imports_point_one_way(file):
 def test_the_solvers_know_torch_alone():
     for file in (PACKAGE / "ot").glob("*.py"):
         for name in imports_of(file):
-            assert name.split(".")[0] in {"__future__", "collections", "dataclasses", "torch", "typing", "ssr_deepspeed"}
+            assert name.split(".")[0] in {
+                "__future__",
+                "collections",
+                "dataclasses",
+                "torch",
+                "typing",
+                "ssr_deepspeed",
+            }
             assert "distributed" not in name
 
 
 @pytest.mark.parametrize("host", ["deepspeed", "torch"])
 def test_importing_the_package_loads_no_host(host):
     code = f"import sys, ssr_deepspeed; assert {host!r} not in sys.modules; print(ssr_deepspeed.SSRConfig.__name__)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "SSRConfig\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "SSRConfig\n"
+    )
 
 
 def test_every_public_name_is_there():

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from deepspeed.moe.sharded_moe import MOELayer, TopKGate, topkgating
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ssr_deepspeed.gate
 from ssr_deepspeed.config import SSRConfig
@@ -85,7 +86,9 @@ def test_evaluation_is_deterministic_plain_softmax_with_its_own_capacity(k):
     assert torch.equal(first[3].long()[kept], chosen[kept])
 
 
-@pytest.mark.parametrize(("steps", "on_softmax", "on_transport"), [("softmax", 1, 0), ("transport", 0, 1), ("both", 1, 1)])
+@pytest.mark.parametrize(
+    ("steps", "on_softmax", "on_transport"), [("softmax", 1, 0), ("transport", 0, 1), ("both", 1, 1)]
+)
 def test_noise_falls_on_the_steps_it_is_for(steps, on_softmax, on_transport):
     gate, x = make_gate(noise={"scale": 3.0, "steps": steps}), torch.randn(64, 16)
     for transport, noisy in ((False, on_softmax), (True, on_transport)):
@@ -173,6 +176,20 @@ def test_the_state_dict_is_topkgates_both_ways():
     ours.load_state_dict(theirs.state_dict(), strict=True)
 
 
+def test_a_gate_that_is_ssrs_already_takes_the_new_settings():
+    gate = make_gate(probability=0.0)
+    assert not gate.ssr.transport
+    assert SSRGate.adopt(gate, SSRConfig(probability=1.0), 5) is gate
+    assert gate.ssr.transport
+    assert gate.ssr.layer == 5
+
+
+def test_nothing_is_read_from_the_device():
+    with FakeTensorMode():
+        gate = make_gate(2, probability=1.0)
+        assert gate(torch.randn(64, 16), torch.ones(64), True)[3].shape == (2, 64)
+
+
 def test_adopting_keeps_the_weight_and_releasing_gives_the_gate_back():
     gate = TopKGate(16, 8, 3)
     weight, handle = gate.wg.weight, gate.register_forward_hook(lambda *_: None)
@@ -226,6 +243,6 @@ def test_the_tutel_form_of_the_old_contract_has_lists(monkeypatch):
 
 
 def test_the_contract_is_told_from_the_hosts_signature():
-    assert ssr_deepspeed.gate.HOST_HAS_SPARSE_ROUTES == (
+    assert (
         "sparse_routes" in inspect.signature(TopKGate.forward).parameters
-    )
+    ) == ssr_deepspeed.gate.HOST_HAS_SPARSE_ROUTES

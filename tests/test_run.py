@@ -38,7 +38,9 @@ def test_a_module_runs_too(folder):
     assert "__main__ ['--lr', '1'] True" in result.stdout, result.stderr
 
 
-@pytest.mark.parametrize(("arguments", "words"), [([], "usage"), (["nowhere.py"], "no script 'nowhere.py'"), (["--x"], "usage")])
+@pytest.mark.parametrize(
+    ("arguments", "words"), [([], "usage"), (["nowhere.py"], "no script 'nowhere.py'"), (["--x"], "usage")]
+)
 def test_a_wrong_call_says_so(folder, arguments, words):
     result = run(*arguments, cwd=Path(folder))
     assert result.returncode != 0

@@ -36,9 +36,7 @@ class ToyModel(torch.nn.Module):
 
 def build_engine(model, block, zero=0, **config):
     """An engine for `model` whose configuration has the "ssr" block `block`, or none."""
-    groups = split_params_into_different_moe_groups_for_optimizer(
-        {"name": "all", "params": list(model.parameters())}
-    )
+    groups = split_params_into_different_moe_groups_for_optimizer({"name": "all", "params": list(model.parameters())})
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},

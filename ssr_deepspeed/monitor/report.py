@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,16 @@ def _comparison(run: RunRecords, others: list[RunRecords]) -> str:
 def _layer_table(run: RunRecords) -> str:
     if not run.load:
         return "<p>The load monitor was off.</p>"
-    keys = ("max_vio", "max_vio_window", "min_vio", "cv", "effective_experts", "dead_share", "drop_rate", "column_error")
+    keys = (
+        "max_vio",
+        "max_vio_window",
+        "min_vio",
+        "cv",
+        "effective_experts",
+        "dead_share",
+        "drop_rate",
+        "column_error",
+    )
     rows = []
     for name, layer in run.load[-1]["layers"].items():
         rows.append((name, *("-" if layer[key] is None else f"{layer[key]:.3g}" for key in keys)))
@@ -154,7 +164,9 @@ def _loss_figure(runs: list[RunRecords]) -> Figure:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for run, colour in zip(runs, _cycle(), strict=False):
-        axes.plot([r["step"] for r in run.train], [r["loss"] for r in run.train], color=colour, label=f"{run.name}: training")
+        axes.plot(
+            [r["step"] for r in run.train], [r["loss"] for r in run.train], color=colour, label=f"{run.name}: training"
+        )
         steps, values = [r["step"] for r in run.evaluation], [r["nats_per_token"] for r in run.evaluation]
         axes.plot(steps, values, "o--", color=colour, markerfacecolor="white", label=f"{run.name}: held out")
     axes.set(xlabel="optimizer step", ylabel="cross-entropy (nats a token)", title="Loss")
@@ -178,21 +190,24 @@ def _load_figure(runs: list[RunRecords]) -> Figure:
     top.grid(alpha=0.3)
     if 0 < sum(len(run.load[-1]["layers"]) for run in runs) <= 12:
         top.legend()
-    for axes, run in zip(maps, runs, strict=True):
-        _heat_map(figure, axes, run)
+    loads = [_relative_load(run.load[-1]) for run in runs]
+    # One scale for all, so that equal colours mean equal loads.
+    most = max((value for load in loads for row in load for value in row if math.isfinite(value)), default=2.0)
+    for axes, run, load in zip(maps, runs, loads, strict=True):
+        image = axes.imshow(load, aspect="auto", cmap="cividis", vmin=0, vmax=max(most, 2.0))
+        title = f"{run.name}: load of each expert (1 is even), to step {run.load[-1]['step']}"
+        axes.set(xlabel="expert", ylabel="layer", title=title, yticks=range(len(load)))
+        if len(load[0]) <= 32:
+            axes.set_xticks(range(len(load[0])))
+        figure.colorbar(image, ax=axes)
     return figure
 
 
-def _heat_map(figure: Figure, axes: Any, run: RunRecords) -> None:
-    layers = [layer["load"] for layer in run.load[-1]["layers"].values()]
+def _relative_load(window: Record) -> list[list[float]]:
+    """Load of each layer's experts over their mean; NaN where a layer has fewer experts than the widest."""
+    layers = [layer["load"] for layer in window["layers"].values()]
     width = max(len(load) for load in layers)
-    even = [[(share or 0.0) * len(load) for share in load] + [float("nan")] * (width - len(load)) for load in layers]
-    image = axes.imshow(even, aspect="auto", cmap="cividis", vmin=0, vmax=max(2.0, *(v for row in even for v in row if v == v)))
-    axes.set(xlabel="expert", ylabel="layer", title=f"{run.name}: load of each expert (1 is even), last window")
-    axes.set_yticks(range(len(layers)))
-    if width <= 32:
-        axes.set_xticks(range(width))
-    figure.colorbar(image, ax=axes)
+    return [[(share or 0.0) * len(load) for share in load] + [math.nan] * (width - len(load)) for load in layers]
 
 
 def _cycle() -> list[str]:
@@ -209,7 +224,8 @@ def _svg(figure: Figure) -> str:
 def _table(head: Sequence[str], rows: Any) -> str:
     lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
     lines += [
-        f"<th scope='row'>{html.escape(row[0])}</th>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row[1:])
+        f"<th scope='row'>{html.escape(row[0])}</th>"
+        + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row[1:])
         for row in rows
     ]
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
@@ -227,7 +243,8 @@ _PAGE = Template("""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>$title</title>
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  color: #222; background: #fff }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
 th, td { padding: .25rem .75rem; border-bottom: 1px solid #ddd; text-align: right; font-variant-numeric: tabular-nums }
 th { text-align: left; font-weight: 600 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,11 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def keep_until(path: str | Path, step: int) -> None:
-    """Drop the records after optimizer step `step`, which a resumed run will write again."""
-    path = Path(path)
+def keep_records(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the records that are not wanted, in one step; nothing happens where there is no file."""
     if not path.exists():
         return
-    kept = [record for record in read_json_lines(path) if record["step"] <= step]
+    kept = filter(wanted, read_json_lines(path))
     replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ssr_deepspeed.config import Section, find_block, require
+from ssr_deepspeed.config import Section, SSRConfig, find_block, require
 
 Checkpointing = Literal["none", "reentrant", "non_reentrant", "deepspeed"]
 
@@ -134,8 +134,10 @@ class RunConfig(Section):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("eval_every", "eval_sequences", "checkpoint_every"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        if find_block(self.deepspeed) is None:
+        block = find_block(self.deepspeed)
+        if block is None:
             raise ValueError('deepspeed has no "ssr" block; add one, "ssr": {"enabled": false} for TopKGate')
+        SSRConfig.from_dict(block, "deepspeed.ssr")
 
 
 def load_run(path: str, overrides: list[str]) -> RunConfig:

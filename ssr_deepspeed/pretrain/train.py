@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +24,7 @@ from ssr_deepspeed.files import replace_text
 from ssr_deepspeed.hosts.engine import initialize
 from ssr_deepspeed.monitor.metrics import finite
 from ssr_deepspeed.monitor.report import write_report
-from ssr_deepspeed.monitor.sinks import JsonLines, keep_until
+from ssr_deepspeed.monitor.sinks import JsonLines, keep_records
 from ssr_deepspeed.pretrain import checkpoint, data
 from ssr_deepspeed.pretrain.config import ModelConfig, RunConfig
 from ssr_deepspeed.pretrain.evaluate import evaluate
@@ -70,8 +71,9 @@ class Run:
             _check_same(json.loads(file.read_text(encoding="utf-8")), resolved, file)
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(file, json.dumps(resolved, indent=2) + "\n")
-        # Before anyone opens the file to append: this replaces it.
-        keep_until(self.folder / METRICS, checkpoint.latest_step(self.folder / "checkpoints"))
+        # Before anyone opens the file to append: this replaces it. What a resumed run does again goes.
+        step = checkpoint.latest_step(self.folder / "checkpoints")
+        keep_records(self.folder / METRICS, lambda record: record["step"] <= step and not record.get("final"))
         return data.prepare(self.config.data)
 
     def train(self) -> dict[str, Any]:
@@ -129,9 +131,8 @@ class Run:
         }
         self._record(result)
         if self.rank == 0:
-            tqdm.write(
-                f"step {result['step']}: {result['bits_per_byte']:.3f} bits per byte on {result['tokens']} held-out tokens"
-            )
+            bits, tokens = result["bits_per_byte"], result["tokens"]
+            tqdm.write(f"step {result['step']}: {bits:.3f} bits per byte on {tokens} held-out tokens")
         return result
 
     def _record(self, record: dict[str, Any]) -> None:
@@ -251,14 +252,14 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], file: Path) -> None:
 
 def _on_rank_zero_first(work: Callable[[], Path]) -> Path:
     """Do `work` on rank 0 and give every rank its result, or every rank its error."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     result: tuple[str, str] = ("", "")
     if dist.get_rank() == 0:
         try:
             result = ("path", str(work()))
         except (ValueError, OSError) as error:
             result = ("error", str(error))
-    else:
-        disable_progress_bar()
     kind, text = gather_objects(result)[0]
     if kind == "error":
         raise ValueError(text)

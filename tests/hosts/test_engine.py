@@ -53,7 +53,7 @@ def _wrapped_by_another():
     ssr_deepspeed.install()
     ours = DeepSpeedEngine.forward
     DeepSpeedEngine.forward = lambda self, *args, **kwargs: ours(self, *args, **kwargs)
-    with pytest.raises(RuntimeError, match="DeepSpeedEngine.forward was wrapped again"):
+    with pytest.raises(RuntimeError, match=r"DeepSpeedEngine\.forward was wrapped again"):
         ssr_deepspeed.uninstall()
     DeepSpeedEngine.forward = ours
     ssr_deepspeed.uninstall()
@@ -133,7 +133,7 @@ def _errors():
     refused(model, {})
     with pytest.raises(ValueError, match='no "ssr" block'):
         ssr_deepspeed.initialize(model=torch.nn.Linear(2, 2), config={"train_micro_batch_size_per_gpu": 1})
-    with pytest.raises(ValueError, match='"SSR".*did you mean "ssr"'):
+    with pytest.raises(ValueError, match=r'"SSR".*did you mean "ssr"'):
         build_engine(ToyModel(2, rank), None, SSR={})
     return messages
 
@@ -239,7 +239,9 @@ def test_the_monitor_counts_every_training_pass_of_all_ranks_and_nothing_else(tm
             assert figures["max_vio"] == pytest.approx(float(by_step), abs=1e-5)
     config = SSRConfig.from_dict({"probability": 0.5, "seed": 2})
     coins = [enabled and is_transport_step(config, step, 0) for step in range(3)]
-    assert records[0]["layers"]["layers.0.deepspeed_moe.gate"]["transport_share"] == pytest.approx(sum(coins) / 3, abs=1e-6)
+    assert records[0]["layers"]["layers.0.deepspeed_moe.gate"]["transport_share"] == pytest.approx(
+        sum(coins) / 3, abs=1e-6
+    )
 
 
 def _says():

@@ -44,7 +44,9 @@ def test_the_plan_equals_an_independent_solvers(kind, entropy):
         numItermax=100_000,
         stopThr=1e-13,
     )
-    torch.testing.assert_close(plan(scores, solution.potentials, entropy), torch.from_numpy(expected), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        plan(scores, solution.potentials, entropy), torch.from_numpy(expected), rtol=0, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -70,7 +72,7 @@ def test_extreme_scores_stay_finite_and_the_result_is_truthful(scale):
 
 def test_a_solution_that_did_not_converge_says_so():
     solution = solve(inputs("collapsed"), 0.01, max_iterations=2)
-    with pytest.raises(RuntimeError, match="after 2 sweeps.*raise max_iterations"):
+    with pytest.raises(RuntimeError, match=r"after 2 sweeps.*raise max_iterations"):
         solution.check()
 
 
@@ -87,7 +89,9 @@ def test_marginals_shift_invariance_and_zero_mean_hold(seed, tokens, experts, en
     scores = torch.randn(tokens, experts, generator=generator, dtype=torch.float64)
     solution = solve(scores, entropy, tolerance=1e-9, max_iterations=5000).check()
     dense = plan(scores, solution.potentials, entropy)
-    torch.testing.assert_close(dense.sum(0), torch.full((experts,), tokens / experts, dtype=torch.float64), rtol=1e-8, atol=0)
+    torch.testing.assert_close(
+        dense.sum(0), torch.full((experts,), tokens / experts, dtype=torch.float64), rtol=1e-8, atol=0
+    )
     assert abs(float(solution.potentials.mean())) < 1e-10
     # A constant for each token cancels; a constant for each expert moves into the potentials.
     by_row = scores + shift * torch.randn(tokens, 1, generator=generator, dtype=torch.float64)
@@ -170,7 +174,9 @@ def _solve_my_share(bounds):
     scores, mask = inputs("clustered"), torch.arange(96) % 7 != 0
     rank = dist.get_rank()
     mine = slice(bounds[rank], bounds[rank + 1])
-    solution = solve(scores[mine], 0.3, mask=mask[mine], tolerance=1e-9, max_iterations=3000, reduce=sum_over(dist.group.WORLD))
+    solution = solve(
+        scores[mine], 0.3, mask=mask[mine], tolerance=1e-9, max_iterations=3000, reduce=sum_over(dist.group.WORLD)
+    )
     return solution.potentials.tolist(), int(solution.iterations)
 
 

@@ -100,7 +100,9 @@ def test_text_that_cannot_be_used_is_refused(tmp_path, settings, words):
 def test_windows_predict_every_token_once(length):
     tokens = numpy.arange(100, dtype=numpy.uint16)
     sequences = data.Sequences(tokens, length, whole=False)
-    inputs, labels, used = (torch.stack(part) for part in zip(*(sequences[i] for i in range(len(sequences))), strict=True))
+    inputs, labels, used = (
+        torch.stack(part) for part in zip(*(sequences[i] for i in range(len(sequences))), strict=True)
+    )
     assert labels[used].tolist() == list(range(1, 100))
     assert torch.equal(inputs[used], labels[used] - 1)
     assert (labels[~used] == IGNORED).all()

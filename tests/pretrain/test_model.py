@@ -49,7 +49,9 @@ def test_recomputation_repeats_routes_noise_and_gradients_and_counts_nothing_twi
             assert other_losses == losses, kind
             assert other_layers == layers, kind
             for name, gradient in gradients.items():
-                torch.testing.assert_close(other_gradients[name], gradient, msg=lambda m, k=kind, n=name: f"{k} {n} {m}")
+                torch.testing.assert_close(
+                    other_gradients[name], gradient, msg=lambda m, k=kind, n=name: f"{k} {n} {m}"
+                )
 
 
 def _padding(cache):
@@ -95,7 +97,13 @@ def test_a_token_sees_the_past_and_not_the_future(cache, tmp_path):
 
 
 def _other_shapes(cache):
-    for model in ({"moe_every": 2}, {"residual": True}, {"tie_embeddings": False}, {"drop_tokens": False}, {"top_k": 1}):
+    for model in (
+        {"moe_every": 2},
+        {"residual": True},
+        {"tie_embeddings": False},
+        {"drop_tokens": False},
+        {"top_k": 1},
+    ):
         engine = _engine(cache, model=model)
         layers = 1 if "moe_every" in model else 2
         for _ in range(2):

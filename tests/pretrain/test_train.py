@@ -136,7 +136,9 @@ def test_the_first_two_steps_are_those_of_a_shorter_run(cache, tmp_path):
     assert [timeless(r) for r in records(short, "train")] == [timeless(r) for r in records(long, "train")]
 
 
-@pytest.mark.parametrize("file", sorted(Path(__file__).parents[2].glob("configs/pretrain/*.json")), ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "file", sorted(Path(__file__).parents[2].glob("configs/pretrain/*.json")), ids=lambda f: f.stem
+)
 def test_every_shipped_run_file_is_valid(file):
     assert load_run(str(file), []) == load_run(file.stem, [])
 
@@ -147,6 +149,7 @@ def test_every_shipped_run_file_is_valid(file):
         (["model.layer=3"], "unknown key model.layer = 3; did you mean 'layers'"),
         (["steps=0"], "steps = 0; allowed: at least 1"),
         (["model.top_k=9"], "model.top_k = 9; allowed: 1 to experts = 8"),
+        (["deepspeed.ssr.entropy=-1"], "deepspeed.ssr.entropy = -1.0; allowed: above 0"),
         (["deepspeed.ssr"], "write key.key=value"),
         (["data.tokenizer=words"], "data.tokenizer = 'words'"),
         (["model.ep_size=3"], "model.ep_size = 3; allowed: divisors of experts = 8"),
@@ -166,5 +169,3 @@ def test_overrides_reach_nested_keys():
     config = load_run("tiny_cpu", ["deepspeed.ssr.probability=0", "steps=7", "data.source=./x"])
     assert config.deepspeed["ssr"]["probability"] == 0
     assert (config.steps, config.data.source) == (7, "./x")
-
-

@@ -1,0 +1,54 @@
+import dataclasses
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ssr_deepspeed.config import SSRConfig
+from tests.gloo import run_ranks
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+EXAMPLE = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+
+
+def _run_example(code):
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    return names["engine"].ssr.report
+
+
+def test_the_example_has_twelve_lines_and_runs(tmp_path):
+    assert len([line for line in EXAMPLE.splitlines() if line]) == 12
+    (report,) = run_ranks(1, _run_example, EXAMPLE, folder=tmp_path)
+    assert report["step"] == 10
+    assert sum(report["layers"]["deepspeed_moe.gate"]["load"]) == pytest.approx(1)
+
+
+def test_the_block_table_has_every_key_with_its_default():
+    table = dict(re.findall(r"^\| `(\w+)` \| `(.+?)` \|", README, re.MULTILINE))
+    import json
+
+    defaults = SSRConfig().to_dict()
+    assert list(table) == [field.name for field in dataclasses.fields(SSRConfig)]
+    assert {key: json.loads(text) for key, text in table.items()} == defaults
+
+
+def test_the_tree_names_what_is_there():
+    tree = README.split("```\nssr_deepspeed/\n")[1].split("```")[0]
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    for path in tracked:
+        top, *rest = path.split("/")
+        if top.startswith("."):
+            continue
+        assert top in tree or top == "ssr_deepspeed", path
+        if top == "ssr_deepspeed" and rest[0] not in ("__init__.py", "py.typed"):
+            assert re.search(rf"^  {re.escape(rest[0])}/? ", tree, re.MULTILINE), path
+
+
+def test_every_make_target_it_names_exists():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"make ([\w-]+)", README)) <= targets
