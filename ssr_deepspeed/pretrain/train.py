@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -51,7 +52,10 @@ class Run:
         self.folder = folder
         self.config = _with_monitor(config, folder)
         _check_layout(config.model, self.ranks)
-        self.corpus = data.open_corpus(_on_rank_zero_first(lambda: self._prepare(resume)))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        prepared = _together(lambda: data.prepare(config.data), here=local_rank == 0)
+        _together(lambda: self._claim_folder(resume), here=self.rank == 0)
+        self.corpus = data.open_corpus(prepared[self.rank - local_rank])
         torch.manual_seed(config.seed + self.rank)
         self.engine = _build_engine(self.config, self.corpus.vocabulary, self.rank)
         self.first_step = checkpoint.load(self.engine, folder / "checkpoints") if resume else 0
@@ -59,8 +63,8 @@ class Run:
         if self.rank == 0:
             self.sink = JsonLines(folder / METRICS)
 
-    def _prepare(self, resume: bool) -> Path:
-        """Rank 0's part before the engine is built: the folder and the tokenised text."""
+    def _claim_folder(self, resume: bool) -> None:
+        """Rank 0's part before the engine is built: make the folder this run's."""
         resolved = self.config.to_dict()
         file = self.folder / "config.json"
         if file.exists():
@@ -74,7 +78,6 @@ class Run:
         # Before anyone opens the file to append: this replaces it. What a resumed run does again goes.
         step = checkpoint.latest_step(self.folder / "checkpoints")
         keep_records(self.folder / METRICS, lambda record: record["step"] <= step and not record.get("final"))
-        return data.prepare(self.config.data)
 
     def train(self) -> dict[str, Any]:
         """Train to the last step, evaluate on all held-out text, and save. The last evaluation."""
@@ -243,27 +246,34 @@ def _check_layout(model: ModelConfig, ranks: int) -> None:
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], file: Path) -> None:
     """A resumed run may be longer and log otherwise, but not be another model on other data."""
-    for section in ("model", "data", "seed"):
-        if old.get(section) != new.get(section):
-            raise ValueError(
-                f"cannot resume: {section} differs from {file}: {old.get(section)!r} there, {new.get(section)!r} now"
-            )
+    for section in ("model", "data"):
+        for key, value in new[section].items():
+            if key not in ("cache", "workers") and old[section].get(key) != value:
+                there = old[section].get(key)
+                raise ValueError(f"cannot resume: {section}.{key} is {there!r} in {file} and {value!r} now")
+    if old["seed"] != new["seed"]:
+        raise ValueError(f"cannot resume: seed is {old['seed']} in {file} and {new['seed']} now")
 
 
-def _on_rank_zero_first(work: Callable[[], Path]) -> Path:
-    """Do `work` on rank 0 and give every rank its result, or every rank its error."""
+def _together(work: Callable[[], Any], here: bool) -> list[Any]:
+    """Do `work` on the ranks where `here` holds and wait for it; the results by rank.
+
+    Raises:
+        ValueError: on every rank, the first error that any of them met.
+    """
     if not sys.stderr.isatty():
         disable_progress_bar()
-    result: tuple[str, str] = ("", "")
-    if dist.get_rank() == 0:
+    result, problem = None, None
+    if here:
         try:
-            result = ("path", str(work()))
+            result = work()
         except (ValueError, OSError) as error:
-            result = ("error", str(error))
-    kind, text = gather_objects(result)[0]
-    if kind == "error":
-        raise ValueError(text)
-    return Path(text)
+            problem = str(error)
+    gathered = gather_objects((result, problem))
+    for _, found in gathered:
+        if found:
+            raise ValueError(found)
+    return [result for result, _ in gathered]
 
 
 def _mean_over_ranks(losses: list[torch.Tensor]) -> float:

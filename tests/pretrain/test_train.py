@@ -113,7 +113,10 @@ def test_a_run_that_cannot_start_says_why_on_every_rank(cache, tmp_path):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "config.json").write_text(json.dumps(tiny_run(cache, seed=5).to_dict()))
     assert "holds a run already" in messages(tiny_run(cache), "c")
-    assert "cannot resume: seed differs" in messages(tiny_run(cache), "c", True)
+    assert "cannot resume: seed is 5" in messages(tiny_run(cache), "c", True)
+    other = tiny_run(cache, seed=5, model={"top_k": 1}, data={"workers": 1})
+    assert "cannot resume: model.top_k is 2" in messages(other, "c", True)
+    assert not (tmp_path / "b").exists()
 
 
 def _resume_alone(config, folder):
