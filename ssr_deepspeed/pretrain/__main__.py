@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     # torch and DeepSpeed take seconds to import; --help and a misspelt flag should not.
     import deepspeed
     import torch.distributed
+    from deepspeed.accelerator import get_accelerator
 
     from ssr_deepspeed.collectives import gather_objects
     from ssr_deepspeed.pretrain.config import load_run
@@ -33,6 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     if "RANK" not in os.environ:
         _be_alone()
     deepspeed.init_distributed()
+    # Before the first collective: NCCL's ranks must not meet on one device.
+    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     try:
         if options.overwrite and torch.distributed.get_rank() == 0:
             clear(options.output)

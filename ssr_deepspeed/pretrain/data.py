@@ -11,6 +11,8 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +78,8 @@ def prepare(config: DataConfig) -> Path:
     folder = _cache_folder(config) / _fingerprint(config, documents)
     if folder.exists():
         return folder
-    building = folder.with_name(f"{folder.name}.{os.getpid()}")
-    building.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     parts = documents.train_test_split(test_size=config.heldout, seed=config.seed)
     encode, vocabulary, lengths = _tokenizer(config, parts["train"], building)
     dtype = numpy.uint16 if vocabulary <= 2**16 else numpy.uint32
@@ -88,11 +90,13 @@ def prepare(config: DataConfig) -> Path:
                     file.write(numpy.asarray(tokens, dtype=dtype).tobytes())
     facts = {"vocabulary": vocabulary, "dtype": numpy.dtype(dtype).name, "bytes_per_token": lengths}
     (building / "corpus.json").write_text(json.dumps(facts), encoding="utf-8")
+    building.chmod(0o755)
     try:
         building.rename(folder)
     except OSError:  # another process was first; its result is the same
         if not folder.exists():
             raise
+        shutil.rmtree(building)
     return folder
 
 
