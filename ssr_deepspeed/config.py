@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -148,7 +148,8 @@ class MonitorConfig(Section):
     """JSON lines file that rank 0 appends each report to; none by default."""
 
     def __post_init__(self) -> None:
-        require(self.interval >= 0, "interval", self.interval, "at least 0")
+        # The device keeps the counts of every step of an interval.
+        require(0 <= self.interval <= 1000, "interval", self.interval, "0 to 1000")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +159,8 @@ class SSRConfig(Section):
     enabled: bool = True
     """False leaves every router as it is; the monitor still counts."""
     preset: Literal["paper"] | None = None
-    """`"paper"`: the literal published method. Keys given beside it override it."""
+    """In JSON, `"paper"`: the literal published method; keys given beside it override it. `from_dict`
+    puts the preset's values in, and the field is None afterwards."""
     probability: float | ProbabilitySchedule = 0.01
     """p, the share of steps routed by transport: a number from 0 to 1, or a schedule."""
     cost: Cost = "linear"
@@ -186,8 +188,8 @@ class SSRConfig(Section):
         require_choice(self.gradient, "gradient", Gradient)
         require_choice(self.scope, "scope", Scope)
         require_choice(self.per, "per", CoinUnit)
-        if self.preset is not None and self.preset not in PRESETS:
-            _fail("preset", self.preset, f"one of {sorted(PRESETS)} or null")
+        if self.preset is not None:
+            _fail("preset", self.preset, 'null here; presets are applied by SSRConfig.from_dict({"preset": ...})')
         if not isinstance(self.probability, ProbabilitySchedule):
             require(0 <= self.probability <= 1, "probability", self.probability, "0 to 1, or a schedule")
         require(self.entropy > 0, "entropy", self.entropy, "above 0")
@@ -197,8 +199,11 @@ class SSRConfig(Section):
     def from_dict(cls, block: Any, path: str = "ssr") -> Self:
         """Build the configuration from parsed JSON, filling in the preset's values first."""
         name = block.get("preset") if isinstance(block, dict) else None
-        if isinstance(name, str) and name in PRESETS:
-            block = _merge(PRESETS[name], block)
+        if name is not None:
+            if name not in PRESETS:
+                names = sorted(PRESETS)
+                raise ValueError(f"{_join(path, 'preset')} = {name!r}; allowed: {names} or null{_nearest(name, names)}")
+            block = _merge(PRESETS[name], {key: value for key, value in block.items() if key != "preset"})
         return super().from_dict(block, path)
 
     def probability_at(self, step: int) -> float:
@@ -215,15 +220,15 @@ def find_block(deepspeed_config: dict[str, Any]) -> dict[str, Any] | None:
     train without SSR.
 
     Raises:
-        ValueError: there is no `"ssr"` key, but one that was probably meant to be it.
+        ValueError: the block is null, or a key was probably meant to be `"ssr"`.
     """
-    if "ssr" in deepspeed_config:
-        return deepspeed_config["ssr"]
     for key in deepspeed_config:
         word = key.lower().replace("-", "_")
-        if word.split("_")[0] == "ssr" or sorted(word) == ["r", "s", "s"]:
+        if key != "ssr" and (word.split("_")[0] == "ssr" or sorted(word) == ["r", "s", "s"]):
             raise ValueError(f'unknown top-level key "{key}" in the DeepSpeed configuration; did you mean "ssr"?')
-    return None
+    if "ssr" in deepspeed_config and deepspeed_config["ssr"] is None:
+        raise ValueError("ssr = null; allowed: a JSON object, {} for the defaults; remove the key to train without SSR")
+    return deepspeed_config.get("ssr")
 
 
 def _has_no_default(spec: dataclasses.Field) -> bool:
@@ -239,20 +244,28 @@ def _convert(value: Any, kind: Any, path: str) -> Any:
     if sections and isinstance(value, dict):
         return sections[0].from_dict(value, path)
     literals = [choice for o in options if typing.get_origin(o) is Literal for choice in typing.get_args(o)]
-    if literals and value is not None:
+    if literals and not (value is None and type(None) in options):
         if value not in literals:
             raise ValueError(f"{path} = {value!r}; allowed: {literals}{_nearest(value, literals)}")
         return value
     for option in options:
         option = typing.get_origin(option) or option
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value):
+            if not abs(value) <= sys.float_info.max:
                 raise ValueError(f"{path} = {value!r}; allowed: finite numbers")
             return float(value)
         if isinstance(option, type) and type(value) is option:
             return value
-    wanted = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
+    wanted = " or ".join(_type_name(option) for option in options)
     raise ValueError(f"{path} = {value!r} has the wrong type; allowed: {wanted}")
+
+
+def _type_name(kind: Any) -> str:
+    if kind is type(None):
+        return "null"
+    if isinstance(kind, type) and issubclass(kind, Section | dict):
+        return "a JSON object"
+    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}.get(kind, str(kind))
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ padding (`used_token`) is never routed, and an expert that overflows keeps its m
 `TopKGate`'s own random choices (`noisy_gate_policy`, `use_rts`, `top2_2nd_expert_sampling`) play no
 part; noise is the configuration's.
 
-Tested with deepspeed 0.19.8, and with the dense contract of 0.15 to 0.19.3. Not run here: Tutel.
+Tested with deepspeed 0.19.8, and with the dense contract in 0.16.9 and 0.19.3. Not run here: Tutel
+and tensor parallelism.
 
 Shapes: T tokens, E experts, K choices a token, C capacity, M model width.
 """
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.moe.sharded_moe import TOPK_GATE_TIMER, TopKGate
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
@@ -33,6 +35,7 @@ from ssr_deepspeed.ot import Solution
 from ssr_deepspeed.routing import (
     RoutePlan,
     Slots,
+    compatibility,
     expert_capacity,
     fill_slots,
     is_transport_step,
@@ -59,12 +62,20 @@ class GateState:
     data_parallel_group: Any = field(default=None, repr=False)
 
     def group(self, expert_parallel_group: Any) -> Any:
-        """The process group whose tokens are balanced together; None for this rank alone."""
-        return {
-            "rank": None,
-            "expert_parallel": expert_parallel_group,
-            "data_parallel": self.data_parallel_group,
-        }[self.config.scope]
+        """The process group whose tokens are balanced together; None for this rank alone.
+
+        Raises:
+            RuntimeError: the scope needs a group that the gate was not given.
+        """
+        if self.config.scope == "rank":
+            return None
+        group = expert_parallel_group if self.config.scope == "expert_parallel" else self.data_parallel_group
+        if group is None and dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError(
+                f'ssr.scope = "{self.config.scope}", but this gate has no {self.config.scope} group: '
+                'give it one, let a DeepSpeed engine set it up, or use scope "rank"'
+            )
+        return group
 
 
 class SSRGate(TopKGate):
@@ -74,13 +85,21 @@ class SSRGate(TopKGate):
         *args, **kwargs: `TopKGate`'s own.
         config: the settings; default `SSRConfig()`.
         layer: index among all routers of the model, for coins by layer.
+        data_parallel_group: process group for `scope = "data_parallel"`; an engine gives its own.
     """
 
     ssr: GateState
 
-    def __init__(self, *args: Any, config: SSRConfig | None = None, layer: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        config: SSRConfig | None = None,
+        layer: int = 0,
+        data_parallel_group: Any = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.ssr = GateState(config or SSRConfig(), layer)
+        self.ssr = GateState(config or SSRConfig(), layer, data_parallel_group=data_parallel_group)
         self.set_step(0)
 
     @staticmethod
@@ -179,13 +198,14 @@ class SSRGate(TopKGate):
         if not transport:
             self.ssr.solution = None
             return route(logits_TE, k=self.k, mask=mask)
+        scores_TE = compatibility(logits_TE, config.cost)
         reduce = sum_over(self.ssr.group(self.ep_group))
-        potentials_E, self.ssr.solution = transport_potentials(logits_TE, config, mask, reduce)
+        potentials_E, self.ssr.solution = transport_potentials(scores_TE, config, mask, reduce)
         return route(
             logits_TE,
             potentials_E,
             k=self.k,
-            cost=config.cost,
+            scores=scores_TE,
             entropy=config.entropy,
             detach=config.gradient == "detach",
             mask=mask,
@@ -193,9 +213,8 @@ class SSRGate(TopKGate):
 
     def _fill(self, plan: RoutePlan) -> tuple[int | Tensor, Slots]:
         """Capacity of every expert's buffer, equal on all ranks of the group, and the slots."""
-        tensor_parallel = 1
-        if groups._get_expert_model_parallel_world_size() == 1:
-            tensor_parallel = bwc_tensor_model_parallel_world_size(groups.mpu)
+        # Tensor-parallel ranks share the slots out among them.
+        tensor_parallel = bwc_tensor_model_parallel_world_size(groups.mpu)
         if self.drop_tokens:
             capacity = expert_capacity(
                 plan.experts_TK.shape[0],

@@ -32,23 +32,26 @@ def test_every_field_goes_through_json_and_back():
     [
         ({"probabilty": 0.1}, ["ssr.probabilty", "0.1", "probability"]),
         ({"probability": 1.5}, ["ssr.probability", "1.5", "0 to 1"]),
-        ({"probability": "0.1"}, ["ssr.probability", "'0.1'", "float"]),
+        ({"probability": "0.1"}, ["ssr.probability", "'0.1'", "a number or a JSON object"]),
         ({"probability": {"warmup_steps": 5, "finale": 0.1}}, ["ssr.probability.finale", "final"]),
         ({"probability": {}}, ["ssr.probability", "warmup_steps"]),
         ({"probability": {"warmup_steps": -1}}, ["ssr.probability.warmup_steps", "-1", "at least 0"]),
         ({"cost": "linaer"}, ["ssr.cost", "'linaer'", "linear", "softmax"]),
         ({"entropy": 0}, ["ssr.entropy", "0", "above 0"]),
         ({"entropy": float("nan")}, ["ssr.entropy", "nan", "finite"]),
-        ({"entropy": True}, ["ssr.entropy", "True", "float"]),
-        ({"solver": "sinkhorn"}, ["ssr.solver", "'sinkhorn'", "SolverConfig"]),
+        ({"entropy": True}, ["ssr.entropy", "True", "a number"]),
+        ({"solver": "sinkhorn"}, ["ssr.solver", "'sinkhorn'", "a JSON object"]),
         ({"solver": {"tolerance": 2}}, ["ssr.solver.tolerance", "2", "below 1"]),
-        ({"solver": {"max_iterations": 1.5}}, ["ssr.solver.max_iterations", "1.5", "int"]),
+        ({"solver": {"max_iterations": 1.5}}, ["ssr.solver.max_iterations", "1.5", "a whole number"]),
         ({"noise": {"scale": -1}}, ["ssr.noise.scale", "-1"]),
         ({"gradient": "auto"}, ["ssr.gradient", "auto"]),
         ({"monitor": {"path": "auto"}}, ["ssr.monitor.path", "auto"]),
         ({"scope": "world"}, ["ssr.scope", "'world'", "expert_parallel"]),
         ({"preset": "papre"}, ["ssr.preset", "'papre'", "paper"]),
         ({"seed": -1}, ["ssr.seed", "-1"]),
+        ({"cost": None}, ["ssr.cost", "None", "linear"]),
+        ({"entropy": 10**400}, ["ssr.entropy", "finite"]),
+        ({"monitor": {"interval": 10**6}}, ["ssr.monitor.interval", "0 to 1000"]),
         ([], ["ssr", "JSON object"]),
     ],
 )
@@ -70,6 +73,18 @@ def test_a_preset_fills_in_and_given_keys_override_it():
     assert (config.cost, config.entropy) == ("softmax", 0.5)
     assert config.solver.tolerance == PRESETS["paper"]["solver"]["tolerance"]
     assert config.solver.max_iterations == 20
+
+
+def test_a_preset_that_would_be_ignored_is_refused():
+    with pytest.raises(ValueError, match=r"preset = 'paper'.*from_dict"):
+        SSRConfig(preset="paper")
+
+
+def test_a_null_block_and_a_second_misspelt_one_are_refused():
+    with pytest.raises(ValueError, match="ssr = null"):
+        find_block({"ssr": None})
+    with pytest.raises(ValueError, match='"SSR"'):
+        find_block({"ssr": {}, "SSR": {}})
 
 
 def test_a_schedule_warms_up_decays_linearly_and_stays():

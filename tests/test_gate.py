@@ -1,4 +1,3 @@
-import inspect
 import math
 
 import pytest
@@ -9,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import ssr_deepspeed.gate
 from ssr_deepspeed.config import SSRConfig
 from ssr_deepspeed.gate import SSRGate
+from tests.gloo import run_ranks
 
 
 def make_gate(k=2, experts=8, width=16, factor=1.0, eval_factor=2.0, least=4, drop=True, **block):
@@ -242,7 +242,22 @@ def test_the_tutel_form_of_the_old_contract_has_lists(monkeypatch):
     assert out[3][0].shape == (64,)
 
 
-def test_the_contract_is_told_from_the_hosts_signature():
-    assert (
-        "sparse_routes" in inspect.signature(TopKGate.forward).parameters
-    ) == ssr_deepspeed.gate.HOST_HAS_SPARSE_ROUTES
+@pytest.mark.parametrize("drop", [True, False])
+@pytest.mark.parametrize("transport", [False, True])
+def test_the_gate_compiles_into_one_graph(drop, transport):
+    gate, x = make_gate(2, drop=drop, gradient="implicit"), torch.randn(64, 16)
+    gate.ssr.transport = transport
+    expected = gate(x, None, True)
+    compiled = torch.compile(gate, backend="eager", fullgraph=True)(x, None, True)
+    for a, b in zip(expected, compiled, strict=True):
+        torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b))
+
+
+def _scope_without_group():
+    gate = make_gate(scope="data_parallel", probability=1.0)
+    with pytest.raises(RuntimeError, match=r'ssr.scope = "data_parallel", but this gate has no data_parallel group'):
+        gate(torch.randn(8, 16), None, True)
+
+
+def test_a_scope_that_lacks_its_group_is_an_error(tmp_path):
+    run_ranks(2, _scope_without_group, folder=tmp_path)

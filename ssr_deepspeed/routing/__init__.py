@@ -2,12 +2,13 @@
 
 from ssr_deepspeed.routing.capacity import Slots, expert_capacity, fill_slots, surviving_weights
 from ssr_deepspeed.routing.coin import is_transport_step
-from ssr_deepspeed.routing.plan import RoutePlan, route
+from ssr_deepspeed.routing.plan import RoutePlan, compatibility, route
 from ssr_deepspeed.routing.ssr import transport_potentials
 
 __all__ = [
     "RoutePlan",
     "Slots",
+    "compatibility",
     "expert_capacity",
     "fill_slots",
     "is_transport_step",

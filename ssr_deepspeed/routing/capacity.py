@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -35,8 +34,14 @@ def expert_capacity(tokens: int, experts: int, k: int, factor: float, minimum: i
     Rounded in fp32 as DeepSpeed's `_capacity` does, so that both gates give the same buffers, then
     up to a multiple of `multiple` (the tensor-parallel size, whose ranks share the slots out).
     """
-    slots = math.ceil(numpy.float32(tokens / experts) * numpy.float32(factor * k))
+    slots = math.ceil(_fp32(_fp32(tokens / experts) * _fp32(factor * k)))
     return math.ceil(max(slots, minimum) / multiple) * multiple
+
+
+def _fp32(value: float) -> float:
+    """The nearest fp32 number, in plain Python so that a compiled gate can fold it."""
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(round(math.ldexp(mantissa, 24)), exponent - 24)
 
 
 def fill_slots(plan: RoutePlan, capacity: int | None) -> Slots:

@@ -21,6 +21,11 @@ from torch import Tensor
 from ssr_deepspeed.config import Cost
 
 
+def compatibility(logits: Tensor, cost: Cost) -> Tensor:
+    """`C [T, E]` of tokens and experts: the logits (`"linear"`) or their softmax (`"softmax"`)."""
+    return logits if cost == "linear" else torch.softmax(logits, dim=1)
+
+
 @dataclass(frozen=True)
 class RoutePlan:
     """The routes of T tokens before any capacity limit, best first."""
@@ -42,7 +47,7 @@ def route(
     potentials: Tensor | None = None,
     *,
     k: int,
-    cost: Cost = "linear",
+    scores: Tensor | None = None,
     entropy: float = 1.0,
     detach: bool = False,
     mask: Tensor | None = None,
@@ -54,7 +59,7 @@ def route(
         potentials: `g [E]` in units of the compatibility, or None for plain softmax routing. Their
             gradient is followed if they have one.
         k: experts a token, 1 to E.
-        cost: compatibility of a transport step.
+        scores: compatibility `C [T, E]` of a transport step, see `compatibility`; default the logits.
         entropy: `xi` of a transport step.
         detach: on a transport step with k > 1, give the plan no gradient.
         mask: T entries of any shape and dtype; zero marks padding.
@@ -66,8 +71,8 @@ def route(
     if not 1 <= k <= experts:
         raise ValueError(f"k = {k} experts a token out of {experts}; allowed: 1 to {experts}")
     if potentials is None:
-        cost, entropy, detach = "linear", 1.0, False
-    scores_TE = logits if cost == "linear" else torch.softmax(logits, dim=1)
+        scores, entropy, detach = None, 1.0, False
+    scores_TE = logits if scores is None else scores
     if detach:
         scores_TE = scores_TE.detach()
         potentials = None if potentials is None else potentials.detach()
@@ -76,7 +81,7 @@ def route(
         top_TK, experts_TK = torch.topk(scaled_TE, k, dim=1)
         log_total_T1 = torch.logsumexp(scaled_TE, dim=1, keepdim=True)
     if k == 1:
-        mass_TK = torch.softmax(logits, dim=1).gather(1, experts_TK)
+        mass_TK = (logits.gather(1, experts_TK) - torch.logsumexp(logits, dim=1, keepdim=True)).exp()
     else:
         # The row's total cancels when the weights are renormalised, so it needs no gradient, and
         # gathering before scaling keeps everything stored for the backward pass at T x K.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ssr_deepspeed.ot import plan, solve
-from ssr_deepspeed.routing import fill_slots, route, surviving_weights
+from ssr_deepspeed.routing import compatibility, fill_slots, route, surviving_weights
 
 
 def weights_of(routes):
@@ -19,9 +19,9 @@ def dense(experts_TK, weights_TK, experts):
 @pytest.mark.parametrize("k", [2, 3, 6])
 def test_a_transport_step_takes_the_plans_top_k_and_renormalises_it(cost, k):
     logits = torch.randn(50, 6, dtype=torch.float64)
-    scores = logits if cost == "linear" else torch.softmax(logits, 1)
+    scores = compatibility(logits, cost)
     potentials = solve(scores, 0.4, max_iterations=500).potentials
-    routes = route(logits, potentials, k=k, cost=cost, entropy=0.4)
+    routes = route(logits, potentials, k=k, scores=scores, entropy=0.4)
     top = torch.topk(plan(scores, potentials, 0.4), k)
     assert torch.equal(routes.experts_TK, top.indices)
     torch.testing.assert_close(weights_of(routes), top.values / top.values.sum(1, keepdim=True))
@@ -98,7 +98,8 @@ def test_the_gradient_is_that_of_the_renormalised_plan_or_none(detach):
     torch.testing.assert_close(logits.grad, again.grad)
 
 
-def test_nothing_of_the_plans_size_is_kept_for_the_backward_pass():
+@pytest.mark.parametrize("k", [1, 2])
+def test_nothing_of_the_plans_size_is_kept_for_the_backward_pass(k):
     logits = torch.randn(512, 64, requires_grad=True)
     sizes = []
 
@@ -108,7 +109,7 @@ def test_nothing_of_the_plans_size_is_kept_for_the_backward_pass():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        weights_of(route(logits, torch.randn(64), k=2, entropy=0.5)).sum()
+        weights_of(route(logits, torch.randn(64), k=k, entropy=0.5)).sum()
     assert 0 < max(sizes) <= 512 * 2
 
 
