@@ -105,9 +105,9 @@ class SSRGate(TopKGate):
     @staticmethod
     def refusal(gate: TopKGate) -> str | None:
         """Why a gate cannot be replaced, as a sentence, or None when it can."""
-        experts = gate.wg.weight.shape[0]
         if type(gate) not in (TopKGate, SSRGate):
             return f"{type(gate).__qualname__} is a gate of its own kind: SSR replaces only TopKGate itself"
+        experts = gate.wg.weight.shape[0]
         if "forward" in vars(gate):
             return (
                 "the gate has a forward of its own (set on the instance, as accelerate's hooks do), which would "

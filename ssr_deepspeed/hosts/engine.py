@@ -47,22 +47,25 @@ class EngineRuntime:
 
     Args:
         engine: an engine whose construction is finished.
-        block: its `"ssr"` block.
-
-    Raises:
-        ValueError: on every rank alike, when on any rank the block is wrong or no gate can be
-            replaced. The model is then unchanged.
+        config: its `"ssr"` block.
+        gates: this rank's gates by name, all of them replaceable.
+        layers: number of experts of every gate of the whole model.
+        sink: gets the load reports; None on all ranks but the first.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, block: Any) -> None:
-        self.gates = deepspeed_moe.find_gates(engine.module)
-        layers = _agree(engine.module, self.gates, block)
-        self.config = SSRConfig.from_dict(block)
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        config: SSRConfig,
+        gates: dict[str, TopKGate],
+        layers: dict[str, int],
+        sink: JsonLines | None,
+    ) -> None:
+        self.config, self.gates, self._sink = config, gates, sink
         self.layers = sorted(layers, key=_natural)
         self.step = engine.global_steps
         self.report: dict[str, Any] | None = None
         """The last load report, as written to the JSON lines; the same on every rank."""
-        self._sink: JsonLines | None = None
         self._hooks: list[Any] = []
         if self.config.enabled:
             for name, gate in self.gates.items():
@@ -80,8 +83,6 @@ class EngineRuntime:
         )
         for name, gate in self.gates.items():
             self._hooks.append(deepspeed_moe.count_routes(gate, monitor, self.layers.index(name)))
-        if self.config.monitor.path and engine.global_rank == 0:
-            self._sink = JsonLines(self.config.monitor.path)
         return monitor
 
     def _set_step(self, step: int) -> None:
@@ -96,7 +97,8 @@ class EngineRuntime:
             self._set_step(engine.global_steps)
 
     def after_step(self, engine: DeepSpeedEngine) -> None:
-        """Close an optimizer step; at the monitor's interval, report."""
+        """Toss the next step's coin and close this one; at the monitor's interval, report."""
+        self._set_step(engine.global_steps)
         window = self.monitor.end_step(engine.global_steps - 1) if self.monitor else None
         if window is None:
             return
@@ -149,8 +151,7 @@ def uninstall() -> None:
         ours = vars(DeepSpeedEngine)[name]
         if getattr(ours, "__wrapped__", None) is not original:
             raise RuntimeError(
-                f"DeepSpeedEngine.{name} was wrapped again after SSR was installed (by {ours.__module__}): "
-                "undo that first, then uninstall SSR"
+                f"DeepSpeedEngine.{name} was wrapped again after SSR was installed: undo that first, then uninstall SSR"
             )
     for name, original in _originals.items():
         setattr(DeepSpeedEngine, name, original)
@@ -177,10 +178,10 @@ def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        block = find_block(self._config._param_dict)
-        if block is not None:
-            self.ssr = EngineRuntime(self, block)
-            _runtimes.add(self.ssr)
+        runtime = _agree(self)
+        if runtime is not None:
+            self.ssr = runtime
+            _runtimes.add(runtime)
             _announce(self)
 
     return __init__
@@ -209,35 +210,61 @@ def _wrap_take_model_step(original: Callable[..., Any]) -> Callable[..., Any]:
     return _take_model_step
 
 
-def _agree(model: nn.Module, gates: dict[str, TopKGate], block: Any) -> dict[str, int]:
-    """Check the block and the gates on all ranks with one collective; experts of each layer by name."""
-    problem = None
+def _agree(engine: DeepSpeedEngine) -> EngineRuntime | None:
+    """Switch SSR on for an engine, once all ranks have said with one collective that they can.
+
+    Every rank takes part, with a block or without, so that ranks with different files meet here
+    and not as a hang in the first step.
+
+    Raises:
+        ValueError: on every rank alike, when on any rank the block is wrong or no gate can be
+            replaced. The model is then unchanged.
+    """
+    config, sink, problem, block = None, None, None, None
+    gates = deepspeed_moe.find_gates(engine.module)
     try:
-        enabled = SSRConfig.from_dict(block).enabled
-        reasons = {name: SSRGate.refusal(gate) for name, gate in gates.items()} if enabled else {}
-        problem = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason) or None
+        block = find_block(engine._config._param_dict)
+        if block is not None:
+            config = SSRConfig.from_dict(block)
+            problem = _refusals(gates) if config.enabled else None
+            if config.monitor.interval and config.monitor.path and engine.global_rank == 0:
+                sink = JsonLines(config.monitor.path)
     except (ValueError, NotImplementedError) as error:
         problem = str(error)
-    mine = {
-        "problem": problem,
-        "block": block,
-        "layers": {name: gate.wg.weight.shape[0] for name, gate in gates.items()},
-        "look_alikes": _look_alikes(model),
-    }
-    ranks = gather_objects(mine)
+    except OSError as error:
+        problem = f"cannot write ssr.monitor.path: {error}"
+    layers = {name: gate.wg.weight.shape[0] for name, gate in gates.items() if hasattr(gate, "wg")}
+    look_alikes = [] if block is None else _look_alikes(engine.module)
+    ranks = gather_objects({"problem": problem, "block": block, "layers": layers, "look_alikes": look_alikes})
+    try:
+        _check_ranks(ranks)
+    except ValueError:
+        if sink:
+            sink.close()
+        raise
+    if config is None:
+        return None
+    layers = {name: experts for theirs in ranks for name, experts in theirs["layers"].items()}
+    return EngineRuntime(engine, config, gates, layers, sink)
+
+
+def _refusals(gates: dict[str, TopKGate]) -> str | None:
+    reasons = {name: SSRGate.refusal(gate) for name, gate in gates.items()}
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason) or None
+
+
+def _check_ranks(ranks: list[dict[str, Any]]) -> None:
     for rank, theirs in enumerate(ranks):
         if theirs["problem"]:
             raise ValueError(f"SSR, rank {rank}: {theirs['problem']}")
         if theirs["block"] != ranks[0]["block"]:
             raise ValueError(f'the "ssr" block of rank {rank} differs from that of rank 0: give all ranks one file')
-    layers = {name: experts for theirs in ranks for name, experts in theirs["layers"].items()}
-    if not layers:
+    if ranks[0]["block"] is not None and not any(theirs["layers"] for theirs in ranks):
         found = sorted({name for theirs in ranks for name in theirs["look_alikes"]})
         raise ValueError(
             'the DeepSpeed configuration has an "ssr" block, but no rank has a router that SSR replaces '
             f"(TopKGate of deepspeed.moe.layer.MoE); modules that look like one: {found or 'none'}"
         )
-    return layers
 
 
 def _look_alikes(model: nn.Module) -> list[str]:

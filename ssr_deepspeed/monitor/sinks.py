@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,19 @@ _SCALARS = ("max_vio", "drop_rate", "dead_share", "transport_share")
 
 
 class JsonLines:
-    """Appends one JSON object a line and flushes each, so that a killed process loses no record."""
+    """Appends one JSON object a line and flushes each, so that a killed process loses no record.
+
+    A last line that an earlier writer left half-written is removed first.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            whole = self.path.read_bytes()
+            end = whole.rfind(b"\n") + 1
+            if end < len(whole):
+                os.truncate(self.path, end)
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:

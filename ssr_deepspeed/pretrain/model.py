@@ -5,7 +5,7 @@
 
 Pre-normalisation with RMSNorm, rotary positions, SwiGLU experts, no biases.
 
-Shapes: B sequences, L tokens a sequence, M model width, H heads, V vocabulary, E experts.
+Shapes: B sequences, L tokens a sequence, T = B * L tokens, M model width, H heads, V vocabulary, E experts.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ class Block(nn.Module):
                 use_residual=config.residual,
             )
 
-    def forward(self, x_BLM: Tensor, rotation_LD: Tensor, used_BL: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(self, x_BLM: Tensor, rotation_LD: Tensor, used_T: Tensor | None) -> tuple[Tensor, ...]:
         """The block's output; with experts also their auxiliary loss (0-dim) and demand (`[E]`)."""
         x_BLM = x_BLM + self.attention(self.attention_norm(x_BLM), rotation_LD)
         normed_BLM = self.feed_forward_norm(x_BLM)
         if not isinstance(self.feed_forward, MoE):
             return (x_BLM + self.feed_forward(normed_BLM),)
-        out_BLM, l_aux, counts_E = self.feed_forward(normed_BLM, used_BL)
+        out_BLM, l_aux, counts_E = self.feed_forward(normed_BLM, used_T)
         return x_BLM + out_BLM, l_aux, counts_E
 
 
@@ -149,9 +149,11 @@ class MoELanguageModel(nn.Module):
         """
         x_BLM = self.embedding(tokens_BL)
         rotation_LD = _rotation(tokens_BL.shape[1], self.config, x_BLM.device)
+        # Flat: TopKGate with k = 1 takes no other shape.
+        used_T = None if used_BL is None else used_BL.flatten()
         losses, counts = [], []
         for block in self.blocks:
-            x_BLM, *rest = self._run(block, x_BLM, rotation_LD, used_BL)
+            x_BLM, *rest = self._run(block, x_BLM, rotation_LD, used_T)
             if rest:
                 losses.append(rest[0])
                 counts.append(rest[1])

@@ -125,6 +125,8 @@ def _errors():
     refused(ToyModel(2, rank), {"probability": 2})
     refused(ToyModel(2, rank), {"probability": 2} if rank == 1 else {})
     refused(ToyModel(2, rank), {"seed": rank})
+    refused(ToyModel(2, rank), {} if rank == 0 else None)
+    refused(ToyModel(2, rank), {"monitor": {"path": "/proc/nowhere/x.jsonl"}})
     refused(torch.nn.Sequential(torch.nn.Linear(4, 4)), {})
     model = ToyModel(2, rank)
     if rank == 1:
@@ -141,11 +143,13 @@ def _errors():
 def test_every_rank_raises_the_same_error_that_says_what_where_and_what_to_do(tmp_path):
     first, second = run_ranks(2, _errors, folder=tmp_path)
     assert first == second
-    everywhere, on_one, differs, no_router, shadowed = first
+    everywhere, on_one, differs, missing, unwritable, no_router, shadowed = first
     assert "ssr.probability = 2.0" in everywhere
     assert "rank 1" in on_one
     assert "ssr.probability = 2.0" in on_one
     assert "rank 1 differs from that of rank 0" in differs
+    assert "rank 1 differs from that of rank 0" in missing
+    assert "rank 0: cannot write ssr.monitor.path" in unwritable
     assert "no rank has a router" in no_router
     assert "rank 1: layers.1.deepspeed_moe.gate: the gate has a forward of its own" in shadowed
 

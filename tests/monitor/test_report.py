@@ -101,6 +101,15 @@ def test_a_half_written_last_line_is_left_out_and_any_other_is_an_error(tmp_path
         read_json_lines(file)
 
 
+def test_a_half_written_last_line_does_not_spoil_what_comes_after(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"step": 1}\n{"ste')
+    sink = JsonLines(file)
+    sink.write({"step": 2})
+    sink.close()
+    assert read_json_lines(file) == [{"step": 1}, {"step": 2}]
+
+
 def test_records_that_are_not_wanted_are_dropped(tmp_path):
     file = tmp_path / "x.jsonl"
     keep_records(file, lambda record: record["step"] <= 2)
