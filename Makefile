@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 export RANKS ?= 2
+# DeepSpeed compiles its operators with the ninja on the PATH: let it be the environment's.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: pretrain test test-all test-hosts lint setup clean
 
@@ -17,6 +19,8 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 # A short run that never routes by transport, then the run itself, whose report shows both.
+# On the CPU also where there is a GPU: two ranks need two devices.
+pretrain: export DS_ACCELERATOR := cpu
 pretrain: setup
 	launch/pretrain.sh --config tiny_cpu --output $(RUNS)/softmax --overwrite --set deepspeed.ssr.probability=0 --set steps=200
 	launch/pretrain.sh --config tiny_cpu --output $(RUNS)/ssr --overwrite --compare $(RUNS)/softmax

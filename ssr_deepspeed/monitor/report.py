@@ -86,11 +86,11 @@ def summary(run: RunRecords) -> dict[str, str]:
         "training tokens": f"{last['tokens']:,}",
         "training time": f"{seconds / 60:.1f} min",
         "tokens a second (median)": f"{sorted(r['tokens_per_second'] for r in run.train)[len(run.train) // 2]:,.0f}",
-        "training loss (last record)": f"{last['loss']:.3f} nats",
+        "training loss (last record)": f"{_number(last['loss'])} nats",
         "share of transport steps": _percent(transport_share(run.load)),
     }
     if final:
-        figures["held-out bits per byte"] = f"{final[-1]['bits_per_byte']:.3f} ({final[-1]['tokens']:,} tokens)"
+        figures["held-out bits per byte"] = f"{_number(final[-1]['bits_per_byte'])} ({final[-1]['tokens']:,} tokens)"
         figures["held-out MaxVio by layer"] = _numbers(final[-1]["max_vio"])
     if run.load:
         layers = run.load[-1]["layers"].values()
@@ -113,10 +113,10 @@ def at_step(run: RunRecords, step: int) -> dict[str, str]:
     figures = {}
     for record in run.train:
         if record["step"] == step:
-            figures["training loss"] = f"{record['loss']:.3f} nats"
+            figures["training loss"] = f"{_number(record['loss'])} nats"
     for record in run.evaluation:
         if record["step"] == step and not record["final"]:
-            figures["held-out bits per byte"] = f"{record['bits_per_byte']:.3f} ({record['tokens']:,} tokens)"
+            figures["held-out bits per byte"] = f"{_number(record['bits_per_byte'])} ({record['tokens']:,} tokens)"
             figures["held-out MaxVio by layer"] = _numbers(record["max_vio"])
     for record in run.load:
         if record["step"] == step:
@@ -165,9 +165,12 @@ def _loss_figure(runs: list[RunRecords]) -> Figure:
     axes = figure.subplots()
     for run, colour in zip(runs, _cycle(), strict=False):
         axes.plot(
-            [r["step"] for r in run.train], [r["loss"] for r in run.train], color=colour, label=f"{run.name}: training"
+            [r["step"] for r in run.train],
+            [_or_nan(r["loss"]) for r in run.train],
+            color=colour,
+            label=f"{run.name}: training",
         )
-        steps, values = [r["step"] for r in run.evaluation], [r["nats_per_token"] for r in run.evaluation]
+        steps, values = [r["step"] for r in run.evaluation], [_or_nan(r["nats_per_token"]) for r in run.evaluation]
         axes.plot(steps, values, "o--", color=colour, markerfacecolor="white", label=f"{run.name}: held out")
     axes.set(xlabel="optimizer step", ylabel="cross-entropy (nats a token)", title="Loss")
     axes.grid(alpha=0.3)
@@ -183,7 +186,7 @@ def _load_figure(runs: list[RunRecords]) -> Figure:
     for run, colour in zip(runs, _cycle(), strict=False):
         steps = [record["step"] for record in run.load]
         for index, name in enumerate(run.load[-1]["layers"]):
-            values = [record["layers"][name]["max_vio"] for record in run.load]
+            values = [_or_nan(record["layers"][name]["max_vio"]) for record in run.load]
             style = ("-", "--", ":", "-.")[index % 4]
             top.plot(steps, values, style, color=colour, label=f"{run.name}, layer {index}")
     top.set(xlabel="optimizer step", ylabel="MaxVio of a training step", title="Load imbalance (0 is even)")
@@ -229,6 +232,14 @@ def _table(head: Sequence[str], rows: Any) -> str:
         for row in rows
     ]
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _numbers(values: Sequence[float | None]) -> str:

@@ -18,14 +18,15 @@ from pathlib import Path
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command `ssr-pretrain`."""
     options = _parser().parse_args(arguments)
+    # DeepSpeed compiles its operators with the ninja on the PATH; pip puts one beside the interpreter.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     # torch and DeepSpeed take seconds to import; --help and a misspelt flag should not.
     import deepspeed
     import torch.distributed
     from deepspeed.accelerator import get_accelerator
 
-    from ssr_deepspeed.collectives import gather_objects
     from ssr_deepspeed.pretrain.config import load_run
-    from ssr_deepspeed.pretrain.train import Run, clear
+    from ssr_deepspeed.pretrain.train import Existing, Run
 
     try:
         config = load_run(options.config, options.set)
@@ -36,18 +37,15 @@ def main(arguments: list[str] | None = None) -> None:
     deepspeed.init_distributed()
     # Before the first collective: NCCL's ranks must not meet on one device.
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    existing: Existing = "resume" if options.resume else "overwrite" if options.overwrite else "refuse"
     try:
-        if options.overwrite and torch.distributed.get_rank() == 0:
-            clear(options.output)
-        gather_objects(None)  # no rank reads the folder before it is cleared
-        run = Run(config, options.output, resume=options.resume)
-        run.train()
-        run.report(options.compare)
+        run = Run(config, options.output, existing, options.compare)
     except ValueError as error:
         # Every rank raises the same error; one of them says it.
         sys.exit(f"ssr-pretrain: {error}" if torch.distributed.get_rank() == 0 else 1)
-    finally:
-        torch.distributed.destroy_process_group()
+    run.train()
+    run.report()
+    torch.distributed.destroy_process_group()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,6 +81,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _be_alone() -> None:
     """Started without a launcher: a process group of one."""
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if int(os.environ.get(name) or 1) > 1:
+            sys.exit(
+                f"ssr-pretrain: {name} = {os.environ[name]}, but no RANK is set: each task would train by itself. "
+                "Start torchrun in every task, or in one task a node"
+            )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -18,6 +18,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from ssr_deepspeed.collectives import gather_objects
 from ssr_deepspeed.files import replace_text
 
 _LATEST = "latest"
@@ -26,9 +27,9 @@ _LATEST = "latest"
 def save(engine: DeepSpeedEngine, folder: Path, keep: int) -> None:
     """Write a checkpoint of the current step, on all ranks together, and drop all but the newest `keep`."""
     step = engine.global_steps
-    tag = f"step_{step}"
+    tag = _tag(step)
     engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-    torch.save(_random_states(), folder / tag / f"random_rank_{dist.get_rank()}.pt")
+    torch.save(_random_states(), folder / tag / _random_file(dist.get_rank()))
     dist.barrier()
     if dist.get_rank() == 0:
         replace_text(folder / _LATEST, tag)
@@ -41,22 +42,31 @@ def save(engine: DeepSpeedEngine, folder: Path, keep: int) -> None:
 def load(engine: DeepSpeedEngine, folder: Path) -> int:
     """Restore the latest checkpoint; the number of optimizer steps taken, 0 when there is none.
 
+    All ranks decide together by what each of them sees on disk.
+
     Raises:
-        ValueError: it was written by another number of ranks.
+        ValueError: on every rank alike, when the checkpoint was written by another number of ranks
+            or not every rank sees it.
     """
-    if latest_step(folder) == 0:
+    step, written = gather_objects((latest_step(folder), _ranks_of(folder)))[0]
+    if step == 0:
         return 0
-    tag = (folder / _LATEST).read_text(encoding="utf-8").strip()
-    states = sorted((folder / tag).glob("random_rank_*.pt"))
-    if len(states) != dist.get_world_size():
+    home, rank, ranks = folder / _tag(step), dist.get_rank(), dist.get_world_size()
+    if written != ranks:
         raise ValueError(
-            f"the checkpoint {folder / tag} was written by {len(states)} ranks; this run has {dist.get_world_size()}: "
+            f"the checkpoint {home} was written by {written} ranks; this run has {ranks}: "
             "resume with as many, or start a new run"
         )
-    loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
+    mine = home / _random_file(rank)
+    blind = [number for number, sees in enumerate(gather_objects(mine.is_file())) if not sees]
+    if blind:
+        raise ValueError(
+            f"ranks {blind} do not see their part of the checkpoint {home}: put --output on a shared file system"
+        )
+    loaded, _ = engine.load_checkpoint(str(folder), tag=_tag(step))
     if loaded is None:
-        raise ValueError(f"DeepSpeed could not load the checkpoint {folder / tag}")
-    _restore(torch.load(folder / tag / f"random_rank_{dist.get_rank()}.pt", weights_only=False))
+        raise ValueError(f"DeepSpeed could not load the checkpoint {home}")
+    _restore(torch.load(mine, weights_only=False))
     return engine.global_steps
 
 
@@ -64,6 +74,18 @@ def latest_step(folder: Path) -> int:
     """The optimizer step of the latest checkpoint, 0 when there is none."""
     latest = folder / _LATEST
     return _step_of(latest.read_text(encoding="utf-8").strip()) if latest.is_file() else 0
+
+
+def _ranks_of(folder: Path) -> int:
+    return len(list((folder / _tag(latest_step(folder))).glob(_random_file("*"))))
+
+
+def _random_file(rank: int | str) -> str:
+    return f"random_rank_{rank}.pt"
+
+
+def _tag(step: int) -> str:
+    return f"step_{step}"
 
 
 def _step_of(tag: str) -> int:

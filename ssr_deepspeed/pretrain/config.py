@@ -123,7 +123,7 @@ class RunConfig(Section):
     eval_sequences: int = 0
     """Held-out sequences of the evaluations on the way; 0: all. The last one always takes all."""
     checkpoint_every: int = 0
-    """Optimizer steps between two checkpoints; 0: only at the end."""
+    """Optimizer steps between two checkpoints, a multiple of `log_every`; 0: only at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
     seed: int = 0
@@ -134,6 +134,15 @@ class RunConfig(Section):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("eval_every", "eval_sequences", "checkpoint_every"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        if self.checkpoint_every % self.log_every:
+            # A record covers the steps since the last one; a resumed run must begin with a new one.
+            raise ValueError(
+                f"checkpoint_every = {self.checkpoint_every}; allowed: multiples of log_every = {self.log_every}"
+            )
+        if self.deepspeed.get("use_data_before_expert_parallelism"):
+            raise ValueError(
+                "deepspeed.use_data_before_expert_parallelism = true; allowed: false (ep_size neighbours share experts)"
+            )
         block = find_block(self.deepspeed)
         if block is None:
             raise ValueError('deepspeed has no "ssr" block; add one, "ssr": {"enabled": false} for TopKGate')

@@ -100,13 +100,24 @@ def prepare(config: DataConfig) -> Path:
     return folder
 
 
-def open_corpus(folder: Path) -> Corpus:
-    """Map a prepared corpus into memory."""
+def open_corpus(folder: Path, sequence_length: int) -> Corpus:
+    """Map a prepared corpus into memory.
+
+    Raises:
+        ValueError: the training text is shorter than one sequence, or there is no held-out text.
+    """
     facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
     training, heldout = (
         numpy.memmap(folder / f"{name}.bin", dtype=facts["dtype"], mode="r") for name in ("training", "heldout")
     )
-    return Corpus(training, heldout, facts["vocabulary"], torch.tensor(facts["bytes_per_token"]))
+    corpus = Corpus(training, heldout, facts["vocabulary"], torch.tensor(facts["bytes_per_token"]))
+    if len(training) <= sequence_length:
+        raise ValueError(
+            f"the training text has {len(training)} tokens, less than one sequence of {sequence_length} and its end"
+        )
+    if not corpus.bytes_per_token[heldout[1:].astype(numpy.int64)].any():
+        raise ValueError("the held-out documents are empty: raise data.heldout or change data.seed")
+    return corpus
 
 
 class Sequences(Dataset):
@@ -141,13 +152,8 @@ def training_batches(
 
     Sample n of the run is place `n mod N` of epoch `n // N`, whose order is a seeded permutation of
     the N sequences; each micro-batch of all ranks together takes consecutive samples.
-
-    Raises:
-        ValueError: the corpus is shorter than one sequence.
     """
     sequences = Sequences(corpus.training, config.sequence_length, whole=True)
-    if len(sequences) == 0:
-        raise ValueError(f"the training text has {len(corpus.training)} tokens, less than one sequence")
 
     def indices() -> Iterator[list[int]]:
         sample = first_step * accumulation * ranks * micro_batch + rank * micro_batch

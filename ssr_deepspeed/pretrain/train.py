@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
 import deepspeed.comm as dist
@@ -24,14 +25,15 @@ from ssr_deepspeed.collectives import gather_objects
 from ssr_deepspeed.files import replace_text
 from ssr_deepspeed.hosts.engine import initialize
 from ssr_deepspeed.monitor.metrics import finite
-from ssr_deepspeed.monitor.report import write_report
-from ssr_deepspeed.monitor.sinks import JsonLines, keep_records
+from ssr_deepspeed.monitor.report import read_run, write_report
+from ssr_deepspeed.monitor.sinks import JsonLines, keep_records, read_json_lines
 from ssr_deepspeed.pretrain import checkpoint, data
 from ssr_deepspeed.pretrain.config import ModelConfig, RunConfig
 from ssr_deepspeed.pretrain.evaluate import evaluate
 from ssr_deepspeed.pretrain.model import MoELanguageModel
 
 METRICS = "metrics.jsonl"
+Existing = Literal["refuse", "resume", "overwrite"]
 
 
 class Run:
@@ -40,35 +42,43 @@ class Run:
     Args:
         config: the settings.
         folder: gets `config.json`, `metrics.jsonl`, `checkpoints/`, `report.html` and the PNGs.
-        resume: go on from the folder's latest checkpoint; otherwise the folder must hold no run.
+        existing: what to do with a run that the folder holds: refuse to start, go on from its
+            latest checkpoint, or remove it.
+        compare: folders of other runs to show in the report.
 
     Raises:
         ValueError: on every rank alike, for data or settings that cannot be used, a folder that
-            holds a run already, or a checkpoint of other settings.
+            holds a run already, a checkpoint of other settings, or nothing to compare with.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, resume: bool) -> None:
+    def __init__(
+        self, config: RunConfig, folder: Path, existing: Existing = "refuse", compare: Sequence[Path] = ()
+    ) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self.folder = folder
+        self.folder, self.compare = folder, compare
         self.config = _with_monitor(config, folder)
         _check_layout(config.model, self.ranks)
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         prepared = _together(lambda: data.prepare(config.data), here=local_rank == 0)
-        _together(lambda: self._claim_folder(resume), here=self.rank == 0)
-        self.corpus = data.open_corpus(prepared[self.rank - local_rank])
+        self.corpus = data.open_corpus(prepared[self.rank - local_rank], config.data.sequence_length)
+        _together(lambda: self._claim_folder(existing), here=self.rank == 0)
         torch.manual_seed(config.seed + self.rank)
         self.engine = _build_engine(self.config, self.corpus.vocabulary, self.rank)
-        self.first_step = checkpoint.load(self.engine, folder / "checkpoints") if resume else 0
+        self.first_step = checkpoint.load(self.engine, folder / "checkpoints") if existing == "resume" else 0
         self.sink: JsonLines | None = None
         if self.rank == 0:
             self.sink = JsonLines(folder / METRICS)
 
-    def _claim_folder(self, resume: bool) -> None:
+    def _claim_folder(self, existing: Existing) -> None:
         """Rank 0's part before the engine is built: make the folder this run's."""
+        for folder in self.compare:
+            read_run(folder)
         resolved = self.config.to_dict()
         file = self.folder / "config.json"
+        if existing == "overwrite":
+            _clear(self.folder)
         if file.exists():
-            if not resume:
+            if existing == "refuse":
                 raise ValueError(
                     f"{self.folder} holds a run already: --resume it, --overwrite it or name another --output"
                 )
@@ -92,7 +102,9 @@ class Run:
             rank=self.rank,
             ranks=self.ranks,
         )
-        progress = Progress(config, self.first_step, micro * accumulation * self.ranks, self.rank)
+        progress = Progress(
+            config, self.first_step, micro * accumulation * self.ranks, self.rank, self._seconds_so_far()
+        )
         losses = []
         engine.train()
         for step in range(self.first_step + 1, config.steps + 1):
@@ -104,8 +116,15 @@ class Run:
                 losses.append(output.loss.detach())
             progress.advance()
             if step % config.log_every == 0 or step == config.steps:
-                self._record(progress.record(engine, _mean_over_ranks(losses)))
+                loss = _mean_over_ranks(losses)
+                self._record(progress.record(engine, loss))
                 losses.clear()
+                if not math.isfinite(loss) and not engine.fp16_enabled():
+                    # The mean is the same on every rank, so every rank stops here.
+                    raise RuntimeError(
+                        f"the training loss is {loss} in the steps up to {step}: lower the learning rate, or resume "
+                        "from the last checkpoint with another seed"
+                    )
             if config.eval_every and step % config.eval_every == 0:
                 progress.pause(lambda: self._evaluate(config.eval_sequences))
             # After the step's records, which a run resumed from here will not write again.
@@ -135,29 +154,36 @@ class Run:
         self._record(result)
         if self.rank == 0:
             bits, tokens = result["bits_per_byte"], result["tokens"]
-            tqdm.write(f"step {result['step']}: {bits:.3f} bits per byte on {tokens} held-out tokens")
+            tqdm.write(f"step {result['step']}: {bits} bits per byte on {tokens} held-out tokens")
         return result
+
+    def _seconds_so_far(self) -> float:
+        """Training time of the steps that a resumed run does not do again; only rank 0 knows it."""
+        if self.sink is None:
+            return 0.0
+        records = [record for record in read_json_lines(self.sink.path) if record["kind"] == "train"]
+        return records[-1]["seconds"] if records else 0.0
 
     def _record(self, record: dict[str, Any]) -> None:
         if self.sink:
             self.sink.write(record)
 
-    def report(self, compare: list[Path]) -> None:
-        """Write `report.html` and its pictures, beside the runs in `compare`; rank 0 alone."""
+    def report(self) -> None:
+        """Write `report.html` and its pictures; rank 0 alone."""
         if self.rank == 0:
-            write_report(self.folder, compare)
+            write_report(self.folder, self.compare)
             print(f"report: {self.folder / 'report.html'}", flush=True)
 
 
 class Progress:
     """Throughput and the progress line: a live bar on a terminal, one line a record elsewhere."""
 
-    def __init__(self, config: RunConfig, first_step: int, sequences_per_step: int, rank: int) -> None:
+    def __init__(self, config: RunConfig, first_step: int, sequences_per_step: int, rank: int, elapsed: float) -> None:
         self.tokens_per_step = sequences_per_step * config.data.sequence_length
         self.steps, self.step, self.rank = config.steps, first_step, rank
         self._steps_at_record, self._paused = first_step, 0.0
         self._began = time.monotonic()
-        self._elapsed = 0.0
+        self._elapsed = elapsed
         # tqdm hides the bar by itself where there is no terminal.
         self._bar = tqdm(total=config.steps, initial=first_step, unit="step", disable=None if rank == 0 else True)
 
@@ -181,7 +207,7 @@ class Progress:
             "kind": "train",
             "step": self.step,
             "tokens": self.step * self.tokens_per_step,
-            "loss": loss,
+            "loss": finite(loss),
             "learning_rate": float(engine.get_lr()[0]),
             "gradient_norm": None if norm is None else finite(norm),
             "tokens_per_second": round(steps * self.tokens_per_step / seconds, 1),
@@ -198,7 +224,7 @@ class Progress:
             [layer["max_vio"] for layer in report["layers"].values() if layer["max_vio"] is not None] if report else []
         )
         figures = {
-            "loss": f"{record['loss']:.3f}",
+            "loss": record["loss"],
             "lr": f"{record['learning_rate']:.1e}",
             "tok/s": f"{record['tokens_per_second']:.0f}",
             "imbalance": f"{max(worst):.2f}" if worst else "-",
@@ -251,6 +277,10 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], file: Path) -> None:
             if key not in ("cache", "workers") and old[section].get(key) != value:
                 there = old[section].get(key)
                 raise ValueError(f"cannot resume: {section}.{key} is {there!r} in {file} and {value!r} now")
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        there, now = old["deepspeed"].get(key), new["deepspeed"].get(key)
+        if there != now:  # the position in the data counts in batches
+            raise ValueError(f"cannot resume: deepspeed.{key} is {there!r} in {file} and {now!r} now")
     if old["seed"] != new["seed"]:
         raise ValueError(f"cannot resume: seed is {old['seed']} in {file} and {new['seed']} now")
 
@@ -267,8 +297,10 @@ def _together(work: Callable[[], Any], here: bool) -> list[Any]:
     if here:
         try:
             result = work()
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             problem = str(error)
+        except Exception as error:  # whatever it is, the other ranks wait for this one
+            problem = f"{type(error).__name__}: {error}"
     gathered = gather_objects((result, problem))
     for _, found in gathered:
         if found:
@@ -282,7 +314,7 @@ def _mean_over_ranks(losses: list[torch.Tensor]) -> float:
     return float(mean / dist.get_world_size())
 
 
-def clear(folder: Path) -> None:
+def _clear(folder: Path) -> None:
     """Remove an earlier run from its folder: only what a run writes."""
     if not (folder / "config.json").exists():
         return

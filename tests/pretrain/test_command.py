@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def launch(*arguments, cache):
-    environment = {**os.environ, "RANKS": "2", "XDG_CACHE_HOME": cache}
+def launch(*arguments):
+    environment = {**os.environ, "RANKS": "2"}
     command = [str(ROOT / "launch" / "pretrain.sh"), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
@@ -18,8 +18,8 @@ def launch(*arguments, cache):
 def test_the_launch_script_trains_on_two_ranks_to_a_report(cache, tmp_path):
     """The shipped run file, but for its length and text: progress on rank 0 alone, every file written."""
     sizes = ["--set", "steps=4", "--set", "log_every=2", "--set", "eval_every=2", "--set", "checkpoint_every=0"]
-    text = ["--set", f"data.source={cache}/speeches", "--set", "data.heldout=0.1"]
-    result = launch("--config", "tiny_cpu", "--output", str(tmp_path / "run"), *sizes, *text, cache=cache)
+    text = ["--set", f"data.source={cache}/speeches", "--set", f"data.cache={cache}", "--set", "data.heldout=0.1"]
+    result = launch("--config", "tiny_cpu", "--output", str(tmp_path / "run"), *sizes, *text)
     assert result.returncode == 0, result.stderr
     steps = [line for line in result.stdout.splitlines() if line.startswith("step 4/4")]
     assert len(steps) == 1

@@ -16,7 +16,7 @@ def speeches(tmp_path_factory):
 
 
 def corpus_of(config):
-    return data.open_corpus(data.prepare(config))
+    return data.open_corpus(data.prepare(config), 8)
 
 
 def write_documents(folder, count=20):

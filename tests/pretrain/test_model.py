@@ -1,3 +1,7 @@
+import json
+from pathlib import Path
+
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -6,6 +10,8 @@ from ssr_deepspeed.pretrain.model import IGNORED
 from ssr_deepspeed.pretrain.train import _build_engine
 from tests.gloo import run_ranks
 from tests.pretrain.tiny import tiny_run
+
+ROOT = Path(__file__).parents[2]
 
 
 def _engine(cache, checkpointing="none", **options):
@@ -143,5 +149,7 @@ def test_the_initial_weights_do_not_depend_on_the_number_of_ranks(cache, tmp_pat
     assert not torch.equal(experts[0], experts[1])
 
 
-def test_the_shipped_architectures_are_valid():
-    assert ModelConfig(layers=1, width=8, heads=2, experts=4, expert_width=8).top_k == 2
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/model/*.json")), ids=lambda file: file.stem)
+def test_every_shipped_architecture_is_valid(file):
+    settings = json.loads(file.read_text())
+    assert ModelConfig.from_dict(settings, "model").to_dict().items() >= settings.items()

@@ -14,7 +14,7 @@ from tests.gloo import run_ranks
 from tests.pretrain.tiny import tiny_run
 
 
-def _run(config, folder, resume=False, kill_at=None):
+def _run(config, folder, existing="refuse", kill_at=None):
     if kill_at is not None:
         advance = train.Progress.advance
 
@@ -24,9 +24,9 @@ def _run(config, folder, resume=False, kill_at=None):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         train.Progress.advance = advance_or_die
-    run = train.Run(config, Path(folder), resume)
+    run = train.Run(config, Path(folder), existing)
     result = run.train()
-    run.report([])
+    run.report()
     return result
 
 
@@ -40,23 +40,25 @@ def timeless(record):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, precision):
-    """Losses, loads and the last evaluation of a run killed at step 7 and resumed from step 6."""
+    """Losses, loads and evaluations of a run killed at step 7 and resumed from step 4."""
     extra = {"bf16": {"enabled": True}} if precision == "bf16" else {}
-    config = tiny_run(cache, steps=10, checkpoint_every=3, eval_every=3, deepspeed=extra)
+    config = tiny_run(cache, steps=12, log_every=2, checkpoint_every=4, eval_every=4, deepspeed=extra)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_ranks(2, _run, config, str(whole), folder=tmp_path)
     with pytest.raises(BrokenProcessPool):
-        run_ranks(2, _run, config, str(broken), False, 7, folder=tmp_path)
-    assert (broken / "checkpoints" / "latest").read_text() == "step_6"
+        run_ranks(2, _run, config, str(broken), "refuse", 7, folder=tmp_path)
+    assert (broken / "checkpoints" / "latest").read_text() == "step_4"
     assert records(broken, "train")[-1]["step"] == 6
     with (broken / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
-    run_ranks(2, _run, config, str(broken), True, folder=tmp_path)
-    for kind, count in (("train", 10), ("load", 10), ("evaluation", 4)):
+    run_ranks(2, _run, config, str(broken), "resume", folder=tmp_path)
+    for kind, count in (("train", 6), ("load", 6), ("evaluation", 4)):
         expected = [timeless(record) for record in records(whole, kind)]
         assert len(expected) == count
         assert [timeless(record) for record in records(broken, kind)] == expected
-    assert sorted(path.name for path in (broken / "checkpoints").glob("step_*")) == ["step_10", "step_9"]
+    seconds = [record["seconds"] for record in records(broken, "train")]
+    assert seconds == sorted(seconds)
+    assert sorted(path.name for path in (broken / "checkpoints").glob("step_*")) == ["step_12", "step_8"]
 
 
 def test_zero_stages_and_precisions_train_alike(cache, tmp_path):
@@ -76,7 +78,7 @@ def test_zero_stages_and_precisions_train_alike(cache, tmp_path):
 
 
 def _evaluate_only(config, folder):
-    return train.Run(config, Path(folder), resume=False)._evaluate(0)
+    return train.Run(config, Path(folder))._evaluate(0)
 
 
 def test_bits_per_byte_do_not_depend_on_ranks_or_batch_sizes(cache, tmp_path):
@@ -96,15 +98,15 @@ def test_bits_per_byte_do_not_depend_on_ranks_or_batch_sizes(cache, tmp_path):
     assert results[0]["bits_per_byte"] == pytest.approx(8.0, abs=0.3)
 
 
-def _refused(config, folder, resume):
+def _refused(config, folder, *options):
     with pytest.raises(ValueError) as error:
-        train.Run(config, Path(folder), resume)
+        train.Run(config, Path(folder), *options)
     return dist.get_rank(), str(error.value)
 
 
 def test_a_run_that_cannot_start_says_why_on_every_rank(cache, tmp_path):
-    def messages(config, folder, resume=False):
-        both = run_ranks(2, _refused, config, str(tmp_path / folder), resume, folder=tmp_path)
+    def messages(config, folder, *options):
+        both = run_ranks(2, _refused, config, str(tmp_path / folder), *options, folder=tmp_path)
         assert both[0][1] == both[1][1]
         return both[0][1]
 
@@ -113,15 +115,22 @@ def test_a_run_that_cannot_start_says_why_on_every_rank(cache, tmp_path):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "config.json").write_text(json.dumps(tiny_run(cache, seed=5).to_dict()))
     assert "holds a run already" in messages(tiny_run(cache), "c")
-    assert "cannot resume: seed is 5" in messages(tiny_run(cache), "c", True)
+    assert "cannot resume: seed is 5" in messages(tiny_run(cache), "c", "resume")
     other = tiny_run(cache, seed=5, model={"top_k": 1}, data={"workers": 1})
-    assert "cannot resume: model.top_k is 2" in messages(other, "c", True)
+    assert "cannot resume: model.top_k is 2" in messages(other, "c", "resume")
     assert not (tmp_path / "b").exists()
+    (tmp_path / "latin.txt").write_bytes("déjà".encode("latin-1"))
+    assert "DatasetGenerationError" in messages(tiny_run(cache, data={"source": str(tmp_path / "latin.txt")}), "d")
+    assert "holds no run" in messages(tiny_run(cache), "e", "refuse", [tmp_path / "nothing"])
+    assert "less than one sequence" in messages(tiny_run(cache, data={"sequence_length": 10**6}), "f")
+    broken = tiny_run(cache, data={"source": "/nowhere.txt"})
+    assert "no such file" in messages(broken, "c", "overwrite")
+    assert (tmp_path / "c" / "config.json").exists()
 
 
 def _resume_alone(config, folder):
     with pytest.raises(ValueError, match="was written by 2 ranks; this run has 1"):
-        train.Run(config, Path(folder), resume=True)
+        train.Run(config, Path(folder), "resume")
 
 
 def test_a_checkpoint_of_another_number_of_ranks_is_refused(cache, tmp_path):
@@ -130,11 +139,36 @@ def test_a_checkpoint_of_another_number_of_ranks_is_refused(cache, tmp_path):
     run_ranks(1, _resume_alone, config, str(tmp_path / "run"), folder=tmp_path)
 
 
+def _diverge(config, folder):
+    run = train.Run(config, Path(folder))
+    run.engine.module.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="the training loss is nan in the steps up to 1"):
+        run.train()
+
+
+def test_a_run_that_diverges_stops_on_every_rank_and_can_still_be_reported(cache, tmp_path):
+    run_ranks(2, _diverge, tiny_run(cache), str(tmp_path / "run"), folder=tmp_path)
+    assert records(tmp_path / "run", "train")[-1]["loss"] is None
+    assert "training loss (last record)</th><td>- nats" in train.write_report(tmp_path / "run").read_text()
+
+
+def _topkgate(config, folder):
+    run = train.Run(config, Path(folder))
+    return run.train()["bits_per_byte"]
+
+
+def test_topkgate_trains_with_its_auxiliary_loss_and_is_counted(cache, tmp_path):
+    for k in (1, 2):
+        config = tiny_run(cache, steps=2, model={"top_k": k, "auxiliary_loss": 0.01}, ssr={"enabled": False})
+        run_ranks(2, _topkgate, config, str(tmp_path / str(k)), folder=tmp_path)
+        assert [record["step"] for record in records(tmp_path / str(k), "load")] == [1, 2]
+
+
 def test_the_first_two_steps_are_those_of_a_shorter_run(cache, tmp_path):
     """More steps do not change the earlier ones, and a finished run can be made longer."""
     short, long = tmp_path / "short", tmp_path / "long"
     run_ranks(2, _run, tiny_run(cache, steps=2), str(short), folder=tmp_path)
-    run_ranks(2, _run, tiny_run(cache, steps=4), str(short), True, folder=tmp_path)
+    run_ranks(2, _run, tiny_run(cache, steps=4), str(short), "resume", folder=tmp_path)
     run_ranks(2, _run, tiny_run(cache, steps=4), str(long), folder=tmp_path)
     assert [timeless(r) for r in records(short, "train")] == [timeless(r) for r in records(long, "train")]
 
@@ -155,6 +189,8 @@ def test_every_shipped_run_file_is_valid(file):
         (["deepspeed.ssr.entropy=-1"], "deepspeed.ssr.entropy = -1.0; allowed: above 0"),
         (["deepspeed.ssr"], "write key.key=value"),
         (["data.tokenizer=words"], "data.tokenizer = 'words'"),
+        (["checkpoint_every=30"], "checkpoint_every = 30; allowed: multiples of log_every = 20"),
+        (["deepspeed.use_data_before_expert_parallelism=true"], "use_data_before_expert_parallelism = true"),
         (["model.ep_size=3"], "model.ep_size = 3; allowed: divisors of experts = 8"),
     ],
 )
