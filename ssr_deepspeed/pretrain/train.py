@@ -153,8 +153,8 @@ class Run:
         }
         self._record(result)
         if self.rank == 0:
-            bits, tokens = result["bits_per_byte"], result["tokens"]
-            tqdm.write(f"step {result['step']}: {bits} bits per byte on {tokens} held-out tokens")
+            bits = "-" if result["bits_per_byte"] is None else f"{result['bits_per_byte']:.3f}"
+            tqdm.write(f"step {result['step']}: {bits} bits per byte on {result['tokens']:,} held-out tokens")
         return result
 
     def _seconds_so_far(self) -> float:
@@ -224,7 +224,7 @@ class Progress:
             [layer["max_vio"] for layer in report["layers"].values() if layer["max_vio"] is not None] if report else []
         )
         figures = {
-            "loss": record["loss"],
+            "loss": "-" if record["loss"] is None else f"{record['loss']:.3f}",
             "lr": f"{record['learning_rate']:.1e}",
             "tok/s": f"{record['tokens_per_second']:.0f}",
             "imbalance": f"{max(worst):.2f}" if worst else "-",
