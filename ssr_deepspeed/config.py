@@ -224,7 +224,8 @@ def find_block(deepspeed_config: dict[str, Any]) -> dict[str, Any] | None:
     """
     for key in deepspeed_config:
         word = key.lower().replace("-", "_")
-        if key != "ssr" and (word.split("_")[0] == "ssr" or sorted(word) == ["r", "s", "s"]):
+        near = len(word) <= 4 and difflib.get_close_matches(word, ["ssr"])
+        if key != "ssr" and (near or word.split("_")[0] == "ssr" or sorted(word) == ["r", "s", "s"]):
             raise ValueError(f'unknown top-level key "{key}" in the DeepSpeed configuration; did you mean "ssr"?')
     if "ssr" in deepspeed_config and deepspeed_config["ssr"] is None:
         raise ValueError("ssr = null; allowed: a JSON object, {} for the defaults; remove the key to train without SSR")

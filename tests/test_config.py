@@ -92,12 +92,22 @@ def test_a_schedule_warms_up_decays_linearly_and_stays():
     assert [schedule.at(step) for step in range(8)] == pytest.approx([1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.2])
 
 
-@pytest.mark.parametrize("key", ["SSR", "srs", "ssr_config", "ssr-deepspeed", "rss"])
+@pytest.mark.parametrize("key", ["SSR", "srs", "ssr_config", "ssr-deepspeed", "rss", "srr"])
 def test_a_misspelt_block_is_found(key):
     with pytest.raises(ValueError, match=f'"{key}".*"ssr"'):
         find_block({"train_batch_size": 8, key: {}})
 
 
 def test_deepspeeds_own_keys_are_no_misspelt_block():
-    keys = ["train_batch_size", "zero_optimization", "bf16", "optimizer", "steps_per_print", "sparse_attention"]
+    keys = [
+        "train_batch_size",
+        "zero_optimization",
+        "bf16",
+        "optimizer",
+        "steps_per_print",
+        "sparse_attention",
+        "fp16",
+        "amp",
+        "zero",
+    ]
     assert find_block({key: {} for key in keys}) is None

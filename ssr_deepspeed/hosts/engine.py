@@ -182,7 +182,8 @@ def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
         if runtime is not None:
             self.ssr = runtime
             _runtimes.add(runtime)
-            _announce(self)
+        if self.global_rank == 0:
+            _announce(runtime)
 
     return __init__
 
@@ -276,14 +277,14 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
 
 
-def _announce(engine: DeepSpeedEngine) -> None:
-    """Say once, on rank 0, what SSR does to this engine. DeepSpeed's logger hides all but warnings."""
-    if engine.global_rank != 0:
-        return
-    runtime = engine.ssr
-    lines = [f"disabled by its block; counting the load of {len(runtime.layers)} routers"]
-    if runtime.config.enabled:
+def _announce(runtime: EngineRuntime | None) -> None:
+    """Say once what SSR does to an engine. DeepSpeed's logger hides all but warnings."""
+    if runtime is None:
+        lines = ['is installed, but this engine\'s configuration has no "ssr" block: its routers stay as they are']
+    elif runtime.config.enabled:
         lines = [f"active on {len(runtime.layers)} routers: {', '.join(runtime.layers)}"]
         lines += [f"TopKGate's {option} plays no part" for option in deepspeed_moe.unused_options(runtime.gates)]
+    else:
+        lines = [f"disabled by its block; counting the load of {len(runtime.layers)} routers"]
     for line in lines:
         print(f"SSR {line}", file=sys.stderr, flush=True)

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         config = load_run(options.config, options.set)
     except (ValueError, NotImplementedError) as error:
-        sys.exit(f"ssr-pretrain: {error}")
+        sys.exit(f"ssr-pretrain: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     if "RANK" not in os.environ:
         _be_alone()
     deepspeed.init_distributed()
@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"ssr-pretrain: {error}" if torch.distributed.get_rank() == 0 else 1)
     run.train()
     run.report()
+    torch.distributed.barrier()  # the ranks leave together, when rank 0 has written the report
     torch.distributed.destroy_process_group()
 
 

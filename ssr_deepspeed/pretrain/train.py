@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -33,6 +34,7 @@ from ssr_deepspeed.pretrain.evaluate import evaluate
 from ssr_deepspeed.pretrain.model import MoELanguageModel
 
 METRICS = "metrics.jsonl"
+LOCK = ".lock"
 Existing = Literal["refuse", "resume", "overwrite"]
 
 
@@ -68,6 +70,8 @@ class Run:
         self.sink: JsonLines | None = None
         if self.rank == 0:
             self.sink = JsonLines(folder / METRICS)
+            if existing == "resume":
+                print(f"resuming {folder} after step {self.first_step} of {config.steps}", flush=True)
 
     def _claim_folder(self, existing: Existing) -> None:
         """Rank 0's part before the engine is built: make the folder this run's."""
@@ -75,15 +79,20 @@ class Run:
             read_run(folder)
         resolved = self.config.to_dict()
         file = self.folder / "config.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / LOCK).open("w")
+        try:  # released by the system when this process ends, however it ends
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is still writing to {self.folder}: wait for it or end it") from None
         if existing == "overwrite":
             _clear(self.folder)
-        if file.exists():
+        if (self.folder / METRICS).exists():
             if existing == "refuse":
                 raise ValueError(
                     f"{self.folder} holds a run already: --resume it, --overwrite it or name another --output"
                 )
             _check_same(json.loads(file.read_text(encoding="utf-8")), resolved, file)
-        self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(file, json.dumps(resolved, indent=2) + "\n")
         # Before anyone opens the file to append: this replaces it. What a resumed run does again goes.
         step = checkpoint.latest_step(self.folder / "checkpoints")
@@ -154,7 +163,10 @@ class Run:
         self._record(result)
         if self.rank == 0:
             bits = "-" if result["bits_per_byte"] is None else f"{result['bits_per_byte']:.3f}"
-            tqdm.write(f"step {result['step']}: {bits} bits per byte on {result['tokens']:,} held-out tokens")
+            which = "all" if final or not limit else "some"
+            tqdm.write(
+                f"step {result['step']}: {bits} bits per byte on {which} held-out text, {result['tokens']:,} tokens"
+            )
         return result
 
     def _seconds_so_far(self) -> float:

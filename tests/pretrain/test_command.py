@@ -27,7 +27,7 @@ def test_the_launch_script_trains_on_two_ranks_to_a_report(cache, tmp_path):
         assert word in steps[0]
     assert result.stderr.count("SSR active on 2 routers") == 1
     files = {path.name for path in (tmp_path / "run").iterdir()}
-    assert files == {"config.json", "metrics.jsonl", "checkpoints", "report.html", "loss.png", "load.png"}
+    assert files == {".lock", "config.json", "metrics.jsonl", "checkpoints", "report.html", "loss.png", "load.png"}
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["experts"] == 8
 
 

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import signal
@@ -114,6 +115,7 @@ def test_a_run_that_cannot_start_says_why_on_every_rank(cache, tmp_path):
     assert "no such file" in messages(tiny_run(cache, data={"source": "/nowhere.txt"}), "b")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "config.json").write_text(json.dumps(tiny_run(cache, seed=5).to_dict()))
+    (tmp_path / "c" / "metrics.jsonl").write_text("")
     assert "holds a run already" in messages(tiny_run(cache), "c")
     assert "cannot resume: seed is 5" in messages(tiny_run(cache), "c", "resume")
     other = tiny_run(cache, seed=5, model={"top_k": 1}, data={"workers": 1})
@@ -126,6 +128,15 @@ def test_a_run_that_cannot_start_says_why_on_every_rank(cache, tmp_path):
     broken = tiny_run(cache, data={"source": "/nowhere.txt"})
     assert "no such file" in messages(broken, "c", "overwrite")
     assert (tmp_path / "c" / "config.json").exists()
+
+
+def test_a_folder_that_another_process_still_writes_to_is_refused(cache, tmp_path):
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ((_, message),) = run_ranks(
+            1, _refused, tiny_run(cache, model={"ep_size": 1}), str(tmp_path), "resume", folder=tmp_path
+        )
+    assert "another process is still writing" in message
 
 
 def _resume_alone(config, folder):
