@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,7 +15,7 @@ def sum_over(group: Any) -> Sum | None:
 
     Every rank of the group must call it equally often, in the same order.
     """
-    if group is None or not dist.is_initialized() or dist.get_world_size(group) == 1:
+    if _alone(group):
         return None
 
     def reduce(tensor: Tensor) -> Tensor:
@@ -38,8 +37,12 @@ def gather_objects(item: Any) -> list[Any]:
 
 def maximum_over(group: Any, tensor: Tensor) -> Tensor:
     """The elementwise maximum of `tensor` over the ranks of `group`."""
-    if group is None or not dist.is_initialized() or dist.get_world_size(group) == 1:
+    if _alone(group):
         return tensor
     largest = tensor.clone()
-    dist.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     return largest
+
+
+def _alone(group: Any) -> bool:
+    return group is None or not dist.is_initialized() or dist.get_world_size(group) == 1

@@ -12,7 +12,7 @@ The step counter is read here and not in a gate, where it would make torch.compi
 every step. An engine whose configuration has no "ssr" block is left alone. `uninstall` restores
 the methods and every gate that was swapped.
 
-Tested with deepspeed 0.19.8.
+Tested with deepspeed 0.16.9, 0.19.3 and 0.19.8.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def install() -> None:
         if name not in vars(DeepSpeedEngine):
             raise RuntimeError(
                 f"deepspeed {deepspeed.__version__} has no deepspeed.runtime.engine.DeepSpeedEngine.{name}; "
-                "SSR was tested with 0.19.8: install that version"
+                "SSR was tested with 0.16.9, 0.19.3 and 0.19.8: install one of them"
             )
     for name, wrap in wrappers.items():
         _originals[name] = vars(DeepSpeedEngine)[name]

@@ -61,7 +61,8 @@ def solve(
                 break
             potential_E = torch.where(active, moved_E, potential_E)
             iterations = iterations + active
-        _, error = _sweep(rows, potential_E)
+        else:  # the last error was that of the potentials before the last move
+            _, error = _sweep(rows, potential_E)
         potential_E = (potential_E - potential_E.mean()) * entropy
     return Solution(potential_E, error, iterations, tolerance)
 

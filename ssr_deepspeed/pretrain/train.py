@@ -131,8 +131,8 @@ class Run:
                 if not math.isfinite(loss) and not engine.fp16_enabled():
                     # The mean is the same on every rank, so every rank stops here.
                     raise RuntimeError(
-                        f"the training loss is {loss} in the steps up to {step}: lower the learning rate, or resume "
-                        "from the last checkpoint with another seed"
+                        f"the training loss is {loss} in the steps up to {step}: lower deepspeed.optimizer.params.lr "
+                        "and start anew, or --resume from the last checkpoint"
                     )
             if config.eval_every and step % config.eval_every == 0:
                 progress.pause(lambda: self._evaluate(config.eval_sequences))
