@@ -51,21 +51,47 @@ def fill_slots(plan: RoutePlan, capacity: int | None) -> Slots:
         plan: the routes.
         capacity: slots of each expert, or None for as many as were asked for.
     """
-    tokens, _ = plan.experts_TK.shape
-    experts = plan.demand_E.shape[0]
+    tokens, choices = plan.experts_TK.shape
     asked_TK = torch.ones_like(plan.experts_TK, dtype=torch.bool)
     if plan.used_T is not None:
         asked_TK = asked_TK & plan.used_T.unsqueeze(1)
-    taken_TE = torch.zeros(tokens, experts, dtype=torch.bool, device=asked_TK.device)
-    taken_TE.scatter_(1, plan.experts_TK, asked_TK)
-    if capacity is not None and capacity < tokens:
-        priority_TE = torch.full_like(taken_TE, -math.inf, dtype=plan.log_mass_TK.dtype)
-        priority_TE.scatter_(1, plan.experts_TK, plan.log_mass_TK.masked_fill(~asked_TK, -math.inf))
-        first_CE = torch.topk(priority_TE, capacity, dim=0, sorted=False).indices
-        taken_TE &= torch.zeros_like(taken_TE).scatter_(0, first_CE, True)
-    kept_TK = taken_TE.gather(1, plan.experts_TK)
-    locations_TE = torch.cumsum(taken_TE, dim=0) - 1
-    return Slots(kept_TK, locations_TE.gather(1, plan.experts_TK) * kept_TK)
+    if capacity is not None and capacity >= tokens:
+        # An expert is asked for at most one route a token: there is a slot for every token.
+        token_T1 = torch.arange(tokens, device=asked_TK.device).unsqueeze(1)
+        return Slots(asked_TK, token_T1.expand(tokens, choices) * asked_TK)
+    log_mass_TK = None if capacity is None else plan.log_mass_TK
+    rank_TK = rank_in_expert(plan.experts_TK, log_mass_TK, asked_TK, plan.demand_E.shape[0])
+    kept_TK = asked_TK if capacity is None else asked_TK & (rank_TK < capacity)
+    return Slots(kept_TK, rank_TK * kept_TK)
+
+
+def rank_in_expert(experts: Tensor, log_mass: Tensor | None, asked: Tensor, count: int) -> Tensor:
+    """How many routes of its expert come before each route: larger mass first, then the lower index.
+
+    One sort of the T x K routes. A dense `[T, E]` cumulative sum is up to a few milliseconds faster
+    for 8 experts (32,768 tokens, CPU), and up to 270 times slower for 256.
+
+    Args:
+        experts: `[T, K]`, int64, below `count`.
+        log_mass: `[T, K]`, at most 0, compared in fp32: -inf after all numbers, NaN after -inf. None:
+            by index alone.
+        asked: `[T, K]`, bool; False takes a route out, and its own rank means nothing.
+        count: number of experts.
+
+    Returns:
+        int64 `[T, K]`.
+    """
+    key_TK = torch.where(asked, experts, count)
+    if log_mass is None:
+        bits, key_TK = 0, key_TK.int()
+    else:
+        # Floats without their sign are ordered as their 31 bits are, and these grow as the mass falls.
+        bits = 31
+        key_TK = (key_TK << bits) | log_mass.detach().float().abs().view(torch.int32)
+    sorted_N, route_N = torch.sort(key_TK.reshape(-1), stable=True)
+    first_E = torch.searchsorted(sorted_N, torch.arange(count + 1, dtype=sorted_N.dtype, device=experts.device) << bits)
+    rank_N = torch.arange(sorted_N.shape[0], device=experts.device) - first_E[(sorted_N >> bits).long()]
+    return torch.empty_like(rank_N).scatter_(0, route_N, rank_N).view_as(experts)
 
 
 def surviving_weights(plan: RoutePlan, kept_TK: Tensor) -> Tensor:

@@ -1,8 +1,12 @@
 import itertools
+import math
+from collections import defaultdict
 
 import pytest
 import torch
 from deepspeed.moe.sharded_moe import _capacity
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ssr_deepspeed.routing import expert_capacity, fill_slots, route, surviving_weights
 
@@ -42,6 +46,47 @@ def test_a_route_whose_probability_underflows_still_gets_a_free_slot():
     logits = torch.tensor([[0.0, -500.0, -900.0]]).repeat(6, 1)
     slots = fill_slots(route(logits, k=2), 5)
     assert slots.kept_TK.sum(0).tolist() == [5, 5]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    tokens=st.integers(1, 12),
+    experts=st.integers(1, 5),
+    choices=st.integers(1, 5),
+    capacity=st.none() | st.integers(1, 13),
+    levels=st.integers(1, 4),
+    padded=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_slots_go_by_mass_then_by_index_and_never_to_padding(tokens, experts, choices, capacity, levels, padded, seed):
+    generator = torch.Generator().manual_seed(seed)
+    # Few distinct scores make ties.
+    scores = torch.randint(0, levels, (tokens, experts), generator=generator).float()
+    mask = torch.rand(tokens, generator=generator) < 0.7 if padded else None
+    routes = route(scores, k=min(choices, experts), mask=mask)
+    slots = fill_slots(routes, capacity)
+    by_expert = defaultdict(list)
+    for index, (expert, mass) in enumerate(zip(routes.experts_TK.flatten(), routes.log_mass_TK.flatten(), strict=True)):
+        if mask is None or mask[index // routes.experts_TK.shape[1]]:
+            by_expert[int(expert)].append((-float(mass), index))
+    kept = {index for asked in by_expert.values() for _, index in sorted(asked)[:capacity]}
+    assert set(slots.kept_TK.flatten().nonzero().flatten().tolist()) == kept
+    for expert, asked in by_expert.items():
+        taken = slots.locations_TK[(routes.experts_TK == expert) & slots.kept_TK].tolist()
+        assert len(set(taken)) == len(taken)
+        assert all(0 <= slot < (len(asked) if capacity is None else capacity) for slot in taken)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan])
+def test_a_nan_mass_takes_no_slot_from_a_number_and_none_out_of_range(bad):
+    routes = route(torch.tensor([[0.0, -500.0]]).repeat(6, 1), k=1)
+    routes.log_mass_TK[[0, 3]] = bad
+    routes.log_mass_TK[1] = -math.inf
+    slots = fill_slots(routes, 4)
+    assert slots.kept_TK.flatten().tolist() == [False, True, True, False, True, True]
+    slots = fill_slots(routes, 5)
+    assert slots.kept_TK.flatten().tolist() == [True, True, True, False, True, True]
+    assert sorted(slots.locations_TK[slots.kept_TK].tolist()) == list(range(5))
 
 
 def test_weights_of_surviving_routes_sum_to_one():
