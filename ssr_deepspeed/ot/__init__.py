@@ -1,11 +1,24 @@
-"""Entropic optimal transport between tokens and experts, in potentials form.
+"""Entropic optimal transport in potentials form: between tokens and experts, and in general (sns).
 
 Torch alone: nothing here knows a process group. Where a problem spans several ranks, the sum
 over the ranks comes in as a function.
 """
 
-from ssr_deepspeed.ot.gradient import implicit_potentials
+from ssr_deepspeed.ot.capacity import CapacitySolution, solve_capacity
+from ssr_deepspeed.ot.gradient import implicit_potentials, unrolled_potentials
 from ssr_deepspeed.ot.problem import Solution, Sum
-from ssr_deepspeed.ot.sinkhorn import plan, solve
+from ssr_deepspeed.ot.sns import SparseNewtonSolution, sinkhorn_newton_sparse
+from ssr_deepspeed.ot.solver import plan, solve
 
-__all__ = ["Solution", "Sum", "implicit_potentials", "plan", "solve"]
+__all__ = [
+    "CapacitySolution",
+    "Solution",
+    "SparseNewtonSolution",
+    "Sum",
+    "implicit_potentials",
+    "plan",
+    "sinkhorn_newton_sparse",
+    "solve",
+    "solve_capacity",
+    "unrolled_potentials",
+]

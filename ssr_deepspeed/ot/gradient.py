@@ -39,6 +39,32 @@ def implicit_potentials(
     return _ImplicitPotentials.apply(scores, potentials, entropy, mask, reduce)
 
 
+def unrolled_potentials(scores: Tensor, entropy: float, sweeps: int, mask: Tensor | None = None) -> Tensor:
+    """Potentials after a number of Sinkhorn sweeps, differentiated through every one of them.
+
+    The yardstick of `implicit_potentials`, for tests and studies: it stores the plan of every
+    sweep, and it knows one process.
+
+    Args:
+        scores: `C [T, E]`, with their graph.
+        entropy: `xi`.
+        sweeps: Sinkhorn sweeps from zero potentials.
+        mask: T entries; zero leaves a token out.
+
+    Returns:
+        `g [E]`, mean zero, in units of the scores.
+    """
+    tokens, experts = scores.shape
+    weight_T = scores.new_ones(tokens) if mask is None else (mask.reshape(-1) != 0).to(scores)
+    potential_E = scores.new_zeros(experts)
+    for _ in range(sweeps):
+        log_plan_TE = torch.log_softmax(scores / entropy + potential_E, dim=1) + weight_T.log().unsqueeze(1)
+        log_target = (weight_T.sum() / experts).log()
+        potential_E = potential_E + log_target - torch.logsumexp(log_plan_TE, dim=0)
+        potential_E = potential_E - potential_E.mean()
+    return potential_E * entropy
+
+
 class _ImplicitPotentials(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -53,7 +79,7 @@ class _ImplicitPotentials(torch.autograd.Function):
         scores, potentials, mask = ctx.saved_tensors
         experts = scores.shape[1]
         rows = prepare(scores, ctx.entropy, mask, reduce=None)
-        plan_TE = torch.softmax(rows.scaled_TE + potentials / ctx.entropy, dim=1) * rows.weight_T.unsqueeze(1)
+        plan_TE = torch.softmax((rows.scores_TE + potentials) / ctx.entropy, dim=1) * rows.weight_T.unsqueeze(1)
         wide_TE = plan_TE.double()
         packed = torch.cat([gradients[0].double().unsqueeze(0), wide_TE.sum(0, keepdim=True), wide_TE.T @ wide_TE])
         if ctx.reduce is not None:

@@ -30,7 +30,7 @@ class Solution:
     error: Tensor
     """Relative column error `max_j |c_j - s| / s` of these potentials, a 0-dim tensor."""
     iterations: Tensor
-    """Sweeps that changed the potentials, a 0-dim int64 tensor."""
+    """Sweeps and Newton steps that changed the potentials, a 0-dim int64 tensor."""
     tolerance: float
     """The error asked for."""
 
@@ -46,7 +46,7 @@ class Solution:
             return ""
         return (
             f"the transport problem was left at a relative column error of {float(self.error):.2e} after "
-            f"{int(self.iterations)} sweeps, above the tolerance {self.tolerance:.0e}: "
+            f"{int(self.iterations)} iterations, above the tolerance {self.tolerance:.0e}: "
             "raise max_iterations, the tolerance or the entropy"
         )
 
@@ -63,48 +63,62 @@ class Solution:
 
 @dataclass(frozen=True)
 class Rows:
-    """The tokens of one problem on this rank, ready for sweeps."""
+    """The tokens of one problem on this rank, and the column sums asked for over all ranks."""
 
-    scaled_TE: Tensor
-    """`C / xi`, fp32 or fp64; zero in rows left out."""
+    scores_TE: Tensor
+    """`C`, fp32 or fp64, without gradient; zero in rows left out."""
+    highest_T: Tensor
+    """Largest score of each row."""
+    spread: Tensor
+    """Largest difference within any row of this rank, 0-dim."""
     weight_T: Tensor
     """1 for a token that takes part, 0 for one left out."""
-    target: Tensor
-    """`s`, the column sum asked for, over all ranks; 0-dim."""
+    count: Tensor
+    """Tokens that take part on all ranks, 0-dim fp64."""
     reduce: Sum | None
 
-    def columns(self, potential_E: Tensor) -> Tensor:
-        """Column sums `c [E]` over all ranks of the plan at `h = g / xi`; at least the smallest normal."""
-        log_plan_TE = torch.log_softmax(self.scaled_TE + potential_E, dim=1)
-        column_E = torch.logsumexp(log_plan_TE + self.weight_T.log().unsqueeze(1), dim=0).double().exp()
-        if self.reduce is not None:
-            column_E = self.reduce(column_E)
-        return column_E.clamp_min(torch.finfo(torch.float64).tiny)
+    @property
+    def target(self) -> Tensor:
+        """`s = T / E`; with no token at all that of one, which `columns` then are."""
+        return self.count.clamp_min(1.0) / self.scores_TE.shape[1]
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in fp64; one collective."""
+        return tensor.double() if self.reduce is None else self.reduce(tensor.double())
+
+    def columns(self, total_E: Tensor, target: Tensor) -> Tensor:
+        """Column sums over all ranks as solvers take them: above 0, and on target if there is no token."""
+        return torch.where(self.count > 0, total_E, target).clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def prepare(scores: Tensor, entropy: float, mask: Tensor | None, reduce: Sum | None) -> Rows:
-    """Check and scale a problem.
+    """Check a problem and set up its rows; one call of `reduce`, for the number of tokens.
 
     Rows with a NaN or an infinity are left out, so that one bad token does not spoil the
     potentials of all others.
     """
-    if scores.dim() != 2:
+    if scores.dim() != 2 or not scores.shape[1]:
         raise ValueError(f"scores must be [tokens, experts], got shape {tuple(scores.shape)}")
     if not entropy > 0:
         raise ValueError(f"entropy = {entropy!r}; allowed: above 0")
-    tokens, experts = scores.shape
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
-    taking_part = torch.isfinite(scores).all(dim=1)
+    # Two reductions see every NaN and infinity of a row, with nothing of the size T x E written.
+    highest_T, lowest_T = scores.amax(dim=1), scores.amin(dim=1)
+    taking_part_T = torch.isfinite(highest_T) & torch.isfinite(lowest_T)
     if mask is not None:
-        if mask.numel() != tokens:
-            raise ValueError(f"mask has {mask.numel()} entries for {tokens} tokens")
-        taking_part = taking_part & (mask.reshape(-1) != 0)
-    weight_T = taking_part.to(scores.dtype)
+        if mask.numel() != scores.shape[0]:
+            raise ValueError(f"mask has {mask.numel()} entries for {scores.shape[0]} tokens")
+        taking_part_T = taking_part_T & (mask.reshape(-1) != 0)
+    if not readable(taking_part_T) or not taking_part_T.all():
+        scores = torch.where(taking_part_T.unsqueeze(1), scores, 0.0)
+        highest_T = torch.where(taking_part_T, highest_T, 0.0)
+        lowest_T = torch.where(taking_part_T, lowest_T, 0.0)
+    weight_T = taking_part_T.to(scores.dtype)
     count = weight_T.sum(dtype=torch.float64)
     if reduce is not None:
         count = reduce(count)
-    scaled_TE = torch.where(taking_part.unsqueeze(1), scores, 0.0) / entropy
-    return Rows(scaled_TE, weight_T, count.clamp_min(1.0) / experts, reduce)
+    spread = torch.cat([highest_T - lowest_T, highest_T.new_zeros(1)]).max()
+    return Rows(scores, highest_T, spread, weight_T, count, reduce)
 
 
 def readable(tensor: Tensor) -> bool:

@@ -1,80 +1,97 @@
 """Sinkhorn's algorithm on the expert potentials.
 
-One sweep is `g_j += xi log(s / c_j)` with the column sums `c` of the row-normalised plan: the
-columns are set, and the next evaluation normalises the rows. It is block coordinate ascent on the
-dual, so it cannot diverge; all of it runs in the log domain, so no finite score over- or
-underflows.
+One sweep is `h_j += log(s / c_j)`, `h = g / xi`, with the column sums `c` of the row-normalised
+plan: the columns are set, and the next evaluation normalises the rows. It is block coordinate
+ascent on the dual, so it cannot diverge. In the semi-dual's view it is Newton's method with the
+Hessian `diag(c) - P^T P` cut down to `diag(c)`.
 
 Shapes: T tokens, E experts.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ssr_deepspeed.ot.problem import Rows, Solution, Sum, prepare, readable
+from ssr_deepspeed.kernels import fused_columns, usable
+from ssr_deepspeed.ot.problem import Rows, Solution, readable
+
+Columns = Callable[[Tensor], Tensor]
+"""Column sums `c [E]`, fp64, over all ranks, of the plan at `h = g / xi`; never zero."""
 
 
-def solve(
-    scores: Tensor,
-    entropy: float,
-    *,
-    mask: Tensor | None = None,
-    tolerance: float = 1e-3,
-    max_iterations: int = 50,
-    initial: Tensor | None = None,
-    reduce: Sum | None = None,
-) -> Solution:
-    """Find the expert potentials of the transport problem, without a host synchronisation.
+def sinkhorn(rows: Rows, entropy: float, tolerance: float, max_iterations: int, initial: Tensor | None) -> Solution:
+    """Sweep until the relative column error is within the tolerance.
 
-    Stops at the tolerance. On an accelerator the host does not look: all `max_iterations` sweeps
-    are run and those after the stop change nothing, so the result is the same. The test is on
-    sums over all ranks, so ranks that share a problem stop together.
-
-    Args:
-        scores: compatibility `C [T, E]`, any float dtype; computed in fp32, fp64 stays. T may be 0.
-        entropy: `xi > 0`, in units of the scores.
-        mask: `[T]` or any shape with T entries, any dtype; zero leaves a token out.
-        tolerance: relative column error to stop at.
-        max_iterations: cap on the sweeps; 0 evaluates the initial potentials.
-        initial: potentials `[E]` to start from, default zero.
-        reduce: sum over the ranks that share the problem (rows local, columns global); one call
-            for the number of tokens and one per evaluation.
-
-    Raises:
-        ValueError: scores not two-dimensional, entropy not positive, mask of another length.
-
-    Source: arXiv 2511.08972; block updates in potentials form as in Peyre and Cuturi, Computational
-    Optimal Transport, section 4.4.
+    On an accelerator the host does not look: all `max_iterations` sweeps are run and those after
+    the stop change nothing, so the result is the same. The test is on sums over all ranks, so
+    ranks that share a problem stop together. One call of `rows.reduce` an evaluation.
     """
-    with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
-        rows = prepare(scores, entropy, mask, reduce)
-        potential_E = rows.scaled_TE.new_zeros(scores.shape[1])
-        if initial is not None:
-            potential_E = initial.detach().to(potential_E) / entropy
-        iterations = torch.zeros((), dtype=torch.int64, device=scores.device)
-        for _ in range(max_iterations):
-            moved_E, error = _sweep(rows, potential_E)
-            active = error > tolerance
-            if readable(active) and not active:
-                break
-            potential_E = torch.where(active, moved_E, potential_E)
-            iterations = iterations + active
-        else:  # the last error was that of the potentials before the last move
-            _, error = _sweep(rows, potential_E)
-        potential_E = (potential_E - potential_E.mean()) * entropy
+    columns = column_sums(rows, entropy)
+    potential_E = rows.scores_TE.new_zeros(rows.scores_TE.shape[1]) if initial is None else initial / entropy
+    iterations = torch.zeros((), dtype=torch.int64, device=potential_E.device)
+    for _ in range(max_iterations):
+        moved_E, error = _sweep(rows, columns, potential_E)
+        active = error > tolerance
+        if readable(active) and not active:
+            break
+        potential_E = torch.where(active, moved_E, potential_E)
+        iterations = iterations + active
+    else:  # the last error was that of the potentials before the last move
+        _, error = _sweep(rows, columns, potential_E)
+    potential_E = (potential_E - potential_E.mean()) * entropy
     return Solution(potential_E, error, iterations, tolerance)
 
 
-def _sweep(rows: Rows, potential_E: Tensor) -> tuple[Tensor, Tensor]:
-    """One Sinkhorn sweep: the moved potentials `h = g / xi`, and the error before the move."""
-    column_E = rows.columns(potential_E)
-    error = ((column_E - rows.target).abs() / rows.target).max()
-    moved_E = potential_E + (rows.target.log() - column_E.log()).to(potential_E.dtype)
-    return moved_E - moved_E.mean(), error
+def _sweep(rows: Rows, columns: Columns, potential_E: Tensor) -> tuple[Tensor, Tensor]:
+    """One Sinkhorn sweep: the moved potentials, and the error before the move."""
+    relative_E = columns(potential_E) / rows.target
+    moved_E = potential_E - relative_E.log().to(potential_E.dtype)
+    return moved_E - moved_E.mean(), (relative_E - 1).abs().max()
 
 
-def plan(scores: Tensor, potentials: Tensor, entropy: float) -> Tensor:
-    """The dense plan `P [T, E]`, rows summing to 1: for tests and analysis, never for training."""
-    return torch.softmax((scores + potentials) / entropy, dim=1)
+def column_sums(rows: Rows, entropy: float) -> Columns:
+    """The function that evaluates the column sums at given potentials.
+
+    Three forms of the same sum. Where the exponentials of all scores of a row, and of all
+    potentials, fit the number format together, `exp(C / xi)` is computed once and an evaluation
+    is two matrix-vector products. Beyond that the rows are normalised at every evaluation, and
+    where an expert's sum underflows even so, they are summed in the log domain, in which no finite
+    score over- or underflows. The host decides, so on an accelerator it is always the last, or the
+    kernel that does the same in one read of the scores.
+    """
+    limit = _half_range(rows)
+    host_reads = readable(rows.spread)
+    kernel_TE, scaled_TE = None, None
+    if has_cheap_sweeps(rows, entropy):
+        kernel_TE = (rows.scores_TE - rows.highest_T.unsqueeze(1)).div_(entropy).exp_()
+
+    def columns(potential_E: Tensor) -> Tensor:
+        nonlocal scaled_TE
+        if kernel_TE is not None and potential_E.max() - potential_E.min() < limit:
+            scale_E = (potential_E - potential_E.max()).exp()
+            return (rows.weight_T / (kernel_TE @ scale_E)) @ kernel_TE * scale_E
+        scaled_TE = rows.scores_TE / entropy if scaled_TE is None else scaled_TE
+        if usable(scaled_TE, scaled_TE.shape[1]):
+            return fused_columns(scaled_TE, potential_E, rows.weight_T)
+        if host_reads:
+            column_E = rows.weight_T @ torch.softmax(scaled_TE + potential_E, dim=1)
+            if column_E.min() > math.exp(-limit):
+                return column_E
+        log_plan_TE = torch.log_softmax(scaled_TE + potential_E, dim=1) + rows.weight_T.log().unsqueeze(1)
+        return torch.logsumexp(log_plan_TE, dim=0).double().exp()
+
+    return lambda potential_E: rows.columns(rows.total(columns(potential_E)), rows.target)
+
+
+def has_cheap_sweeps(rows: Rows, entropy: float) -> bool:
+    """Whether a sweep is two matrix-vector products, as far as the host can see."""
+    return readable(rows.spread) and bool(rows.spread / entropy < _half_range(rows))
+
+
+def _half_range(rows: Rows) -> float:
+    """Half of the format's exponents for the scores, and half for the potentials: 43 in fp32."""
+    return -math.log(torch.finfo(rows.scores_TE.dtype).tiny) / 2

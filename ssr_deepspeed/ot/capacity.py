@@ -1,0 +1,136 @@
+"""The k-capacity polytope: counts, not mass, made even.
+
+    maximise  <P, C> + xi H(P)   over 0 <= P <= 1,  sum_j P_ij = k,  sum_i P_ij = s = k T / E
+
+with the binary entropy `H = -sum P log P + (1 - P) log(1 - P)`. Its solution is
+`P_ij = sigmoid((C_ij + g_j - a_i) / xi)`: expert potentials `g` and a shift `a_i` for each token.
+As `xi` falls, P becomes the indicator of the k experts with the largest `C_ij + g_j`, and the
+even column sums become even counts. (Row sums of 1, as in `problem.py`, balance mass: another
+objective, not this one with another constant.)
+
+With the rows eliminated the semi-dual in `h = g / xi` is
+
+    D(h) = sum_i [ sum_j log(1 + exp(C_ij / xi + h_j - b_i)) + k b_i ] - s sum_j h_j,  b = a / xi
+    gradient  c - s            Hessian  diag(sum_i w_i) - W^T diag(1 / sum_j w_ij) W,  w = P (1 - P)
+
+and `h_j += log(s / c_j)` never raises it, because `log(1 + e^(x + d)) <= log(1 + e^x) + P (e^d - 1)`:
+the same Newton iteration with the same fallback serves.
+
+Shapes: T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssr_deepspeed.ot.newton import Terms, cooling_start, drop_denormal_products, minimise, reduce_terms, solve_directly
+from ssr_deepspeed.ot.problem import Rows, Solution, Sum, prepare, readable
+
+
+@dataclass(frozen=True)
+class CapacitySolution(Solution):
+    """Expert potentials for selection, and the row shifts that turn them into weights."""
+
+    shifts: Tensor
+    """`a [T]`, in units of the scores, so that `sum_j sigmoid((C_ij + g_j - a_i) / xi) = k`."""
+
+
+def solve_capacity(
+    scores: Tensor,
+    entropy: float,
+    k: int,
+    *,
+    mask: Tensor | None = None,
+    tolerance: float = 1e-3,
+    max_iterations: int = 50,
+    initial: Tensor | None = None,
+    reduce: Sum | None = None,
+) -> CapacitySolution:
+    """Find potentials under which every expert is asked for `k T / E` routes, up to the entropy.
+
+    Counts are even only as the entropy goes to zero; from a cold start it is annealed down to
+    `entropy`, so a small one costs a few more iterations and no more.
+
+    Args:
+        scores: compatibility `C [T, E]`, any float dtype; computed in fp32, fp64 stays.
+        entropy: `xi > 0`, in units of the scores.
+        k: experts a token, 1 to E. With `k = E` every route is taken: potentials zero, shifts `-inf`.
+        mask, tolerance, max_iterations, initial, reduce: as for `solve`; one collective an iteration.
+
+    Raises:
+        ValueError: as `solve`, and for k below 1 or above E (a token uses no expert twice).
+
+    Source: two-marginal transport with unit capacities, as in Korman and McCann, Optimal
+    transportation with capacity constraints (2015); the dual above is derived here and tested.
+    """
+    rows = prepare(scores, entropy, mask, reduce)
+    experts = scores.shape[1]
+    if not 1 <= k <= experts:
+        raise ValueError(f"k = {k} experts a token out of {experts}; allowed: 1 to {experts}")
+    with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
+        if k == experts:
+            zero_E = rows.scores_TE.new_zeros(experts)
+            none = zero_E.sum().double()
+            shifts_T = torch.full_like(rows.weight_T, -math.inf)
+            return CapacitySolution(zero_E, none, none.long(), tolerance, shifts_T)
+        start = cooling_start(rows, entropy)
+        solved = minimise(
+            lambda potential_E, temperature: _evaluate(rows, k, potential_E, temperature),
+            solve_directly,
+            k * rows.target,
+            rows.scores_TE,
+            entropy,
+            start,
+            tolerance,
+            max_iterations,
+            None if initial is None else initial.detach(),
+        )
+        scaled_TE = (rows.scores_TE + solved.potentials) / entropy
+        shifts_T = row_shifts(scaled_TE, k) * entropy
+    return CapacitySolution(solved.potentials, solved.error, solved.iterations, tolerance, shifts_T)
+
+
+def _evaluate(rows: Rows, k: int, potential_E: Tensor, temperature: Tensor) -> Terms:
+    scaled_TE = (rows.scores_TE + potential_E.to(rows.scores_TE)).div_(temperature.to(rows.scores_TE))
+    shift_T = row_shifts(scaled_TE, k)
+    logit_TE = scaled_TE - shift_T.unsqueeze(1)
+    plan_TE = torch.sigmoid(logit_TE)
+    slack_TE = drop_denormal_products(torch.sigmoid(-logit_TE) * plan_TE * rows.weight_T.unsqueeze(1))
+    value_T = torch.nn.functional.softplus(logit_TE).sum(1) + k * shift_T
+    value = (value_T * rows.weight_T).sum(dtype=torch.float64)
+    column_E = (plan_TE * rows.weight_T.unsqueeze(1)).sum(0, dtype=torch.float64)
+    wide_TE = slack_TE.double()
+    overlap_EE = wide_TE.T @ (wide_TE / wide_TE.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny))
+    hessian_EE = torch.diag(wide_TE.sum(0)) - overlap_EE
+    value, column_E, hessian_EE = reduce_terms(rows, value, column_E, hessian_EE)
+    value = value - k * rows.target * (potential_E.double() / temperature).sum()
+    return Terms(value, rows.columns(column_E, k * rows.target), hessian_EE)
+
+
+def row_shifts(scaled_TE: Tensor, k: int) -> Tensor:
+    """The root `b_i` of `sum_j sigmoid(x_ij - b_i) = k` for every row, `k < E`.
+
+    Newton's method inside a bracket that shrinks with every evaluation, bisection where a step
+    would leave it. The sum falls with b, and with all scores equal to the smallest or largest of
+    a row its root is known: that is the first bracket.
+    """
+    experts = scaled_TE.shape[1]
+    offset = math.log(k / (experts - k))
+    low_T, high_T = scaled_TE.amin(1) - offset, scaled_TE.amax(1) - offset
+    shift_T = torch.topk(scaled_TE, k + 1, dim=1).values[:, -2:].mean(1).clamp(low_T, high_T)
+    enough = 8 * torch.finfo(scaled_TE.dtype).eps * k
+    for _ in range(60):  # bisection alone halves fp32's whole mantissa twice over
+        plan_TE = torch.sigmoid(scaled_TE - shift_T.unsqueeze(1))
+        excess_T = plan_TE.sum(1) - k
+        if readable(excess_T) and bool((excess_T.abs() <= enough).all()):
+            break
+        low_T = torch.where(excess_T > 0, shift_T, low_T)
+        high_T = torch.where(excess_T < 0, shift_T, high_T)
+        newton_T = shift_T + excess_T / (plan_TE * (1 - plan_TE)).sum(1)
+        inside_T = (newton_T > low_T) & (newton_T < high_T)
+        shift_T = torch.where(inside_T, newton_T, (low_T + high_T) / 2)
+    return shift_T
