@@ -22,6 +22,7 @@ Scope = Literal["rank", "expert_parallel", "data_parallel"]
 NoiseSteps = Literal["softmax", "transport", "both"]
 CoinUnit = Literal["step", "layer"]
 SolverName = Literal["sinkhorn", "newton", "sns", "adaptive"]
+Overflow = Literal["drop", "next"]
 
 # Named starting points. A key given beside "preset" overrides the preset's value.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -110,18 +111,16 @@ class SolverConfig(Section):
     """How a transport step finds its expert potentials."""
 
     name: SolverName = "sinkhorn"
-    """`"sinkhorn"`; the others are planned and raise `NotImplementedError`."""
+    """How `ot.solve` finds the potentials: its `method`."""
     tolerance: float = 1e-3
     """Relative column error `max_j |c_j - s| / s` at which the potentials are left as they are."""
     max_iterations: int = 50
-    """Cap on the sweeps, at least 1. No sweep synchronises with the host."""
+    """Cap on sweeps and Newton steps, at least 1. None of them synchronises with the host."""
 
     def __post_init__(self) -> None:
         require_choice(self.name, "name", SolverName)
         require(0 < self.tolerance < 1, "tolerance", self.tolerance, "above 0 and below 1")
         require(self.max_iterations >= 1, "max_iterations", self.max_iterations, "at least 1")
-        if self.name != "sinkhorn":
-            raise NotImplementedError(f'ssr.solver.name = "{self.name}" is not implemented yet; use "sinkhorn"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +175,9 @@ class SSRConfig(Section):
     k = 1 the weight is the softmax probability, and its gradient is followed whatever this says."""
     scope: Scope = "rank"
     """Tokens balanced together: this rank's micro-batch, the expert-parallel or data-parallel group's."""
+    overflow: Overflow = "drop"
+    """Routes that a full expert has no slot for: dropped, or moved to their token's next-best expert with a
+    free slot. Plays no part where the host drops no tokens (`drop_tokens=False`)."""
     per: CoinUnit = "step"
     """What one coin decides for: every layer of an optimizer step, or each layer by itself."""
     seed: int = 0
@@ -187,6 +189,7 @@ class SSRConfig(Section):
         require_choice(self.cost, "cost", Cost)
         require_choice(self.gradient, "gradient", Gradient)
         require_choice(self.scope, "scope", Scope)
+        require_choice(self.overflow, "overflow", Overflow)
         require_choice(self.per, "per", CoinUnit)
         if self.preset is not None:
             _fail("preset", self.preset, 'null here; presets are applied by SSRConfig.from_dict({"preset": ...})')

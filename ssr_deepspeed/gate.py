@@ -36,6 +36,7 @@ from ssr_deepspeed.routing import (
     RoutePlan,
     Slots,
     compatibility,
+    dispatched,
     expert_capacity,
     fill_slots,
     is_transport_step,
@@ -59,6 +60,10 @@ class GateState:
     """Whether training passes of this optimizer step route by transport."""
     solution: Solution | None = None
     """Of the last training pass; None if that was a softmax step."""
+    nonfinite: Tensor | None = None
+    """Whether a training pass since the last check met a NaN or an infinity in the logits, 0-dim bool."""
+    dispatched_E: Tensor | None = None
+    """int64 `[E]`, routes of the last pass that got a slot, where routes are moved; else None."""
     data_parallel_group: Any = field(default=None, repr=False)
 
     def group(self, expert_parallel_group: Any) -> Any:
@@ -175,8 +180,11 @@ class SSRGate(TopKGate):
             self.timers(TOPK_GATE_TIMER).start()
         with torch.autocast(input.device.type, enabled=False):
             logits_TE = torch.nn.functional.linear(input.float(), self.wg.weight.float())
+            if self.training:
+                self._watch(logits_TE)
             plan = self._plan(logits_TE, used_token)
-            capacity, slots = self._fill(plan)
+            capacity, slots = self._fill(plan, logits_TE)
+            self.ssr.dispatched_E = None if plan.placed_TK is None else dispatched(plan, slots)
             weights_TK = surviving_weights(plan, slots.kept_TK)
             l_aux = logits_TE[:0].sum()
             if sparse_routes:
@@ -190,14 +198,15 @@ class SSRGate(TopKGate):
 
     def _plan(self, logits_TE: Tensor, mask: Tensor | None) -> RoutePlan:
         """Routes of this pass: plain softmax in evaluation, the coin's choice in training."""
-        if not self.training:
-            return route(logits_TE, k=self.k, mask=mask)
         config, transport = self.ssr.config, self.ssr.transport
+        capacity = self._capacity(logits_TE) if config.overflow == "next" and self.drop_tokens else None
+        if not self.training:
+            return route(logits_TE, k=self.k, mask=mask, capacity=capacity)
         if config.noise.scale > 0 and config.noise.steps in ("both", "transport" if transport else "softmax"):
             logits_TE = logits_TE + config.noise.scale * torch.randn_like(logits_TE)
         if not transport:
             self.ssr.solution = None
-            return route(logits_TE, k=self.k, mask=mask)
+            return route(logits_TE, k=self.k, mask=mask, capacity=capacity)
         scores_TE = compatibility(logits_TE, config.cost)
         reduce = sum_over(self.ssr.group(self.ep_group))
         potentials_E, self.ssr.solution = transport_potentials(scores_TE, config, mask, reduce)
@@ -209,22 +218,32 @@ class SSRGate(TopKGate):
             entropy=config.entropy,
             detach=config.gradient == "detach",
             mask=mask,
+            capacity=capacity,
         )
 
-    def _fill(self, plan: RoutePlan) -> tuple[int | Tensor, Slots]:
-        """Capacity of every expert's buffer, equal on all ranks of the group, and the slots."""
+    def _watch(self, logits_TE: Tensor) -> None:
+        """Remember a NaN or an infinity on the device, for whoever drives the steps to ask about."""
+        if not logits_TE.numel():
+            return
+        lowest, highest = torch.aminmax(logits_TE.detach())
+        nonfinite = ~(torch.isfinite(lowest) & torch.isfinite(highest))
+        before = self.ssr.nonfinite
+        self.ssr.nonfinite = nonfinite if before is None else before | nonfinite
+
+    def _capacity(self, logits_TE: Tensor) -> int:
+        """Slots of each expert where tokens are dropped."""
+        tokens, experts = logits_TE.shape
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
         # Tensor-parallel ranks share the slots out among them.
-        tensor_parallel = bwc_tensor_model_parallel_world_size(groups.mpu)
+        multiple = bwc_tensor_model_parallel_world_size(groups.mpu)
+        return expert_capacity(tokens, experts, self.k, factor, self.min_capacity, multiple)
+
+    def _fill(self, plan: RoutePlan, logits_TE: Tensor) -> tuple[int | Tensor, Slots]:
+        """Capacity of every expert's buffer, equal on all ranks of the group, and the slots."""
         if self.drop_tokens:
-            capacity = expert_capacity(
-                plan.experts_TK.shape[0],
-                plan.demand_E.shape[0],
-                self.k,
-                self.capacity_factor if self.training else self.eval_capacity_factor,
-                self.min_capacity,
-                tensor_parallel,
-            )
+            capacity = self._capacity(logits_TE)
             return capacity, fill_slots(plan, capacity)
+        tensor_parallel = bwc_tensor_model_parallel_world_size(groups.mpu)
         largest = maximum_over(self.ep_group, plan.demand_E.max().clamp_min(1))
         padded = (largest + tensor_parallel - 1) // tensor_parallel * tensor_parallel
         return padded, fill_slots(plan, None)

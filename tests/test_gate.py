@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import ssr_deepspeed.gate
 from ssr_deepspeed.config import SSRConfig
 from ssr_deepspeed.gate import SSRGate
+from ssr_deepspeed.ot import solve
 from tests.gloo import run_ranks
 
 
@@ -124,6 +125,85 @@ def test_a_transport_step_balances_what_softmax_does_not():
     transport = gate(x, None, True)[-1]
     assert transport.max() < 0.6 * softmax.max()
     assert float(gate.ssr.solution.error) <= 1e-3
+
+
+@pytest.mark.parametrize("solver", ["sinkhorn", "newton", "sns", "adaptive"])
+def test_every_solver_balances_a_transport_step_alike(solver):
+    x = torch.randn(512, 16) + 2 * torch.randn(16)
+    gate = make_gate(2, drop=False, probability=1.0, entropy=0.1, solver={"name": solver, "max_iterations": 400})
+    counts = gate(x, None, True)[-1]
+    assert not gate.ssr.solution.result
+    exact = solve(torch.nn.functional.linear(x, gate.wg.weight).double(), 0.1, tolerance=1e-9, max_iterations=5000)
+    torch.testing.assert_close(gate.ssr.solution.potentials.double(), exact.potentials, rtol=0, atol=2e-3)
+    assert counts.max() < 1.2 * counts.float().mean()
+
+
+@pytest.mark.parametrize("transport", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_no_route_is_lost_at_capacity_one_when_they_move_to_the_next_best_expert(k, training, transport):
+    gate = make_gate(k, factor=1.0, eval_factor=1.0, overflow="next").train(training)
+    gate.ssr.transport = transport
+    x = torch.randn(64, 16) + 2 * torch.randn(16)
+    _, capacity, _, indices, locations, gates, counts = gate(x, None, True)
+    assert capacity == 8 * k
+    assert int(counts.max()) > capacity  # there was something to move
+    assert (indices >= 0).all()
+    assert torch.equal(gate.ssr.dispatched_E, torch.full((8,), capacity))
+    assert all(len(set(column)) == k for column in indices.t().tolist())
+    slots = set(zip(indices.flatten().tolist(), locations.flatten().tolist(), strict=True))
+    assert slots == {(expert, slot) for expert in range(8) for slot in range(capacity)}
+    logits = torch.nn.functional.linear(x, gate.wg.weight)
+    if k == 1:
+        expected = torch.softmax(logits, dim=1).gather(1, indices.t().long())
+    else:
+        scores = logits + (gate.ssr.solution.potentials if transport and training else 0.0)
+        expected = torch.softmax(scores.gather(1, indices.t().long()), dim=1)
+    torch.testing.assert_close(gates.t(), expected)
+    combine, dispatch = gate(x, None, False)[1:3]
+    torch.testing.assert_close(combine.sum((1, 2)), gates.sum(0))
+    assert int(dispatch.sum()) == 64 * k
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_moved_routes_reach_the_weight_through_their_own_scores(k):
+    gate = make_gate(k, overflow="next")
+    x = torch.randn(64, 16) + 2 * torch.randn(16)
+    weight = gate.wg.weight
+    gates, goal = gate(x, None, True)[3:6:2][1], torch.randn(k, 64)
+    (mine,) = torch.autograd.grad((gates * goal).sum(), weight)
+    indices = gate(x, None, True)[3].t().long()
+    logits = torch.nn.functional.linear(x, weight)
+    chosen = torch.softmax(logits, dim=1).gather(1, indices)
+    if k > 1:
+        chosen = chosen / chosen.sum(1, keepdim=True)
+    (expected,) = torch.autograd.grad((chosen.t() * goal).sum(), weight)
+    torch.testing.assert_close(mine, expected)
+
+
+def test_padding_takes_no_slot_from_routes_that_move():
+    gate = make_gate(2, overflow="next", factor=0.75)
+    x, used = torch.randn(64, 16) + 2 * torch.randn(16), torch.arange(64) % 4 != 0
+    indices = gate(x, used, True)[3]
+    assert (indices[:, used] >= 0).all()
+    assert (indices[:, ~used] == -1).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_flagged_in_training_only(bad):
+    gate, x = make_gate(2, probability=1.0), torch.randn(64, 16)
+    gate(x, None, True)
+    assert not gate.ssr.nonfinite
+    spoilt = x.clone()
+    spoilt[5] = bad
+    gate.eval()(spoilt, None, True)
+    assert not gate.ssr.nonfinite
+    out = gate.train()(spoilt, None, True)
+    assert gate.ssr.nonfinite
+    gate(x, None, True)
+    assert gate.ssr.nonfinite, "one clean micro-batch hides nothing"
+    assert ((out[3] >= -1) & (out[3] < 8)).all()
+    assert torch.isfinite(out[5][:, torch.arange(64) != 5]).all()
 
 
 @pytest.mark.parametrize("gradient", ["detach", "partial", "implicit"])
@@ -262,10 +342,12 @@ def test_the_tutel_form_of_the_old_contract_has_lists(monkeypatch):
     assert out[3][0].shape == (64,)
 
 
-@pytest.mark.parametrize("drop", [True, False])
-@pytest.mark.parametrize("transport", [False, True])
-def test_the_gate_compiles_into_one_graph(drop, transport):
-    gate, x = make_gate(2, drop=drop, gradient="implicit"), torch.randn(64, 16)
+@pytest.mark.parametrize(
+    ("drop", "transport", "overflow"),
+    [(True, False, "drop"), (True, True, "drop"), (False, True, "drop"), (True, False, "next"), (True, True, "next")],
+)
+def test_the_gate_compiles_into_one_graph(drop, transport, overflow):
+    gate, x = make_gate(2, drop=drop, gradient="implicit", overflow=overflow), torch.randn(64, 16)
     gate.ssr.transport = transport
     expected = gate(x, None, True)
     compiled = torch.compile(gate, backend="eager", fullgraph=True)(x, None, True)

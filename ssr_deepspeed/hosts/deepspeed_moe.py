@@ -42,9 +42,13 @@ def count_routes(gate: TopKGate, monitor: LoadMonitor, layer: int) -> torch.util
         demand_E = output[-1]
         capacity = output[1] if len(output) == 7 else output[1].shape[2]
         error: Tensor | None = None
-        if isinstance(module, SSRGate) and module.ssr.solution is not None:
-            error = module.ssr.solution.error
         # Every drop policy keeps as many routes as there are slots.
-        monitor.add(layer, demand_E, torch.clamp(demand_E, max=capacity), error)
+        dispatched_E = torch.clamp(demand_E, max=capacity)
+        if isinstance(module, SSRGate):
+            if module.ssr.solution is not None:
+                error = module.ssr.solution.error
+            if module.ssr.dispatched_E is not None:
+                dispatched_E = module.ssr.dispatched_E
+        monitor.add(layer, demand_E, dispatched_E, error)
 
     return gate.register_forward_hook(hook)

@@ -6,7 +6,7 @@ are imported. All of them construct a `DeepSpeedEngine`, so three of its methods
 
     __init__           afterwards, the engine's "ssr" block is read and its gates are swapped
     forward            beforehand, the coin is tossed if `global_steps` has changed
-    _take_model_step   afterwards, the load monitor closes the step
+    _take_model_step   beforehand, the logits are checked; afterwards, the load monitor closes the step
 
 The step counter is read here and not in a gate, where it would make torch.compile recompile at
 every step. An engine whose configuration has no "ssr" block is left alone. `uninstall` restores
@@ -35,6 +35,7 @@ from ssr_deepspeed.collectives import gather_objects
 from ssr_deepspeed.config import SSRConfig, find_block
 from ssr_deepspeed.gate import SSRGate
 from ssr_deepspeed.hosts import deepspeed_moe
+from ssr_deepspeed.hosts.finite import FiniteWatch
 from ssr_deepspeed.monitor import LoadMonitor, layer_metrics
 from ssr_deepspeed.monitor.sinks import JsonLines, engine_events
 
@@ -67,9 +68,15 @@ class EngineRuntime:
         self.report: dict[str, Any] | None = None
         """The last load report, as written to the JSON lines; the same on every rank."""
         self._hooks: list[Any] = []
+        self._finite: FiniteWatch | None = None
         if self.config.enabled:
+            adopted = {}
             for name, gate in self.gates.items():
-                SSRGate.adopt(gate, self.config, self.layers.index(name), engine.data_parallel_group)
+                layer = self.layers.index(name)
+                adopted[layer] = SSRGate.adopt(gate, self.config, layer, engine.data_parallel_group)
+            # Under fp16 the loss scaler expects overflows and skips their step.
+            if not engine.fp16_enabled():
+                self._finite = FiniteWatch(adopted, self.layers, engine.device)
         self.monitor = self._attach_monitor(engine, layers) if self.config.monitor.interval else None
         self._set_step(self.step)
 
@@ -95,6 +102,11 @@ class EngineRuntime:
         """Toss the coin if the engine is at another step than at the last pass."""
         if engine.global_steps != self.step:
             self._set_step(engine.global_steps)
+
+    def before_step(self, engine: DeepSpeedEngine) -> None:
+        """Stop, on all ranks, where router logits were not finite."""
+        if self._finite:
+            self._finite.before_step(engine.global_steps)
 
     def after_step(self, engine: DeepSpeedEngine) -> None:
         """Toss the next step's coin and close this one; at the monitor's interval, report."""
@@ -202,8 +214,10 @@ def _wrap_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 def _wrap_take_model_step(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _take_model_step(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
         runtime = vars(self).get("ssr")
+        if runtime is not None:
+            runtime.before_step(self)
+        result = original(self, *args, **kwargs)
         if runtime is not None:
             runtime.after_step(self)
         return result
@@ -230,7 +244,7 @@ def _agree(engine: DeepSpeedEngine) -> EngineRuntime | None:
             problem = _refusals(gates) if config.enabled else None
             if config.monitor.interval and config.monitor.path and engine.global_rank == 0:
                 sink = JsonLines(config.monitor.path)
-    except (ValueError, NotImplementedError) as error:
+    except ValueError as error:
         problem = str(error)
     except OSError as error:
         problem = f"cannot write ssr.monitor.path: {error}"

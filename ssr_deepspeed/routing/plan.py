@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from ssr_deepspeed.config import Cost
+from ssr_deepspeed.kernels import fused_route, usable
+from ssr_deepspeed.routing.overflow import place_overflow
 
 
 def compatibility(logits: Tensor, cost: Cost) -> Tensor:
@@ -28,7 +30,7 @@ def compatibility(logits: Tensor, cost: Cost) -> Tensor:
 
 @dataclass(frozen=True)
 class RoutePlan:
-    """The routes of T tokens before any capacity limit, best first."""
+    """The routes of T tokens, best first, or moved to experts with room."""
 
     experts_TK: Tensor
     """int64, distinct in each row."""
@@ -39,7 +41,9 @@ class RoutePlan:
     used_T: Tensor | None
     """bool; False marks padding, which is never routed. None: no padding."""
     demand_E: Tensor
-    """int64, routes each expert was asked to take, padding not counted."""
+    """int64, routes each expert was asked to take, padding not counted, before any was moved."""
+    placed_TK: Tensor | None = None
+    """bool; False marks a route that no expert had a slot for. None: no route was moved."""
 
 
 def route(
@@ -51,6 +55,7 @@ def route(
     entropy: float = 1.0,
     detach: bool = False,
     mask: Tensor | None = None,
+    capacity: int | None = None,
 ) -> RoutePlan:
     """Choose k experts for every token.
 
@@ -63,6 +68,9 @@ def route(
         entropy: `xi` of a transport step.
         detach: on a transport step with k > 1, give the plan no gradient.
         mask: T entries of any shape and dtype; zero marks padding.
+        capacity: slots of each expert. Routes beyond them move to their token's next-best expert with a
+            free slot, see `place_overflow`; their weights come from the same scores. None leaves every
+            route where it is.
 
     Raises:
         ValueError: k below 1 or above the number of experts, or a mask of another length.
@@ -76,10 +84,23 @@ def route(
     if detach:
         scores_TE = scores_TE.detach()
         potentials = None if potentials is None else potentials.detach()
+    used_T = _used(mask, tokens)
+    if _fits_kernel(scores_TE, logits, k, capacity):
+        experts_TK, mass_TK, log_mass_TK, demand_E = fused_route(
+            scores_TE, potentials, k=k, entropy=entropy, used_T=used_T
+        )
+        return RoutePlan(experts_TK, mass_TK, log_mass_TK, used_T, demand_E)
+    placed_TK = None
     with torch.no_grad():
         scaled_TE = scores_TE if potentials is None else (scores_TE + potentials) / entropy
         top_TK, experts_TK = torch.topk(scaled_TE, k, dim=1)
         log_total_T1 = torch.logsumexp(scaled_TE, dim=1, keepdim=True)
+        log_mass_TK = top_TK - log_total_T1
+        demand_E = _count(experts_TK, used_T, experts)
+        if capacity is not None:
+            placement = place_overflow(experts_TK, log_mass_TK, scaled_TE, capacity, used_T)
+            experts_TK, placed_TK = placement.experts_TK, placement.kept_TK
+            log_mass_TK = scaled_TE.gather(1, experts_TK) - log_total_T1
     if k == 1:
         mass_TK = (logits.gather(1, experts_TK) - torch.logsumexp(logits, dim=1, keepdim=True)).exp()
     else:
@@ -89,10 +110,19 @@ def route(
         if potentials is not None:
             chosen_TK = (chosen_TK + potentials[experts_TK]) / entropy
         mass_TK = (chosen_TK - log_total_T1).exp()
-    used_T = _used(mask, tokens)
+    return RoutePlan(experts_TK, mass_TK, log_mass_TK, used_T, demand_E, placed_TK)
+
+
+def _fits_kernel(scores_TE: Tensor, logits: Tensor, k: int, capacity: int | None) -> bool:
+    """Whether one fused read of the scores gives the whole plan."""
+    # For one choice the weight is the logits' softmax: the kernel would read the softmax's.
+    one_matrix = k > 1 or scores_TE is logits
+    return usable(scores_TE, scores_TE.shape[1], k) and one_matrix and capacity is None
+
+
+def _count(experts_TK: Tensor, used_T: Tensor | None, experts: int) -> Tensor:
     asked_TK = torch.ones_like(experts_TK) if used_T is None else used_T.unsqueeze(1).expand_as(experts_TK).long()
-    demand_E = experts_TK.new_zeros(experts).scatter_add_(0, experts_TK.reshape(-1), asked_TK.reshape(-1))
-    return RoutePlan(experts_TK, mass_TK, top_TK - log_total_T1, used_T, demand_E)
+    return experts_TK.new_zeros(experts).scatter_add_(0, experts_TK.reshape(-1), asked_TK.reshape(-1))
 
 
 def _used(mask: Tensor | None, tokens: int) -> Tensor | None:

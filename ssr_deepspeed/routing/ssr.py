@@ -25,6 +25,7 @@ def transport_potentials(
     solution = solve(
         scores,
         config.entropy,
+        method=config.solver.name,
         mask=mask,
         tolerance=config.solver.tolerance,
         max_iterations=config.solver.max_iterations,

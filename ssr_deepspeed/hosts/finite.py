@@ -1,0 +1,79 @@
+"""Router logits that stop being finite stop the run, on every rank, and say where.
+
+Gates flag a NaN or an infinity on the device. At every optimizer step the ranks take the maximum
+of their flags, one number a layer. On the CPU it is read at once, before the step changes a
+weight. On an accelerator reading would stall the step, so the copy to the host runs beside it and
+is looked at one step later. Under fp16 nothing is checked: there the loss scaler expects overflow.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from ssr_deepspeed.collectives import maximum_over
+from ssr_deepspeed.gate import SSRGate
+
+
+class FiniteWatch:
+    """Asks the gates of one engine, at every optimizer step, whether their logits were finite.
+
+    Args:
+        gates: this rank's gates by their index among the model's layers.
+        layers: names of all routers of the model, over all pipeline stages.
+        device: where the gates run.
+    """
+
+    def __init__(self, gates: dict[int, SSRGate], layers: list[str], device: torch.device) -> None:
+        self._gates, self._layers, self._device = gates, layers, device
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._reads_at_once = device.type == "cpu"
+        self._pending: tuple[int, Tensor, Any] | None = None
+
+    def before_step(self, step: int) -> None:
+        """Check the passes since the last call; every rank calls it, one collective.
+
+        Args:
+            step: optimizer steps taken before this one.
+
+        Raises:
+            RuntimeError: on all ranks, if a logit was NaN or infinite on any of them: in this step's
+                passes on the CPU, in those of the step before on an accelerator.
+        """
+        # The rank plus one, so that zero is "all finite".
+        flag_L = torch.zeros(len(self._layers), dtype=torch.int32, device=self._device)
+        for layer, gate in self._gates.items():
+            if gate.ssr.nonfinite is not None:
+                flag_L[layer] = gate.ssr.nonfinite * (self._rank + 1)
+                gate.ssr.nonfinite = None
+        flag_L = maximum_over(dist.group.WORLD if dist.is_initialized() else None, flag_L)
+        if self._reads_at_once:
+            self._read(step, flag_L, None)
+            return
+        before, self._pending = self._pending, (step, *_to_host(flag_L))
+        if before is not None:
+            self._read(*before)
+
+    def _read(self, step: int, flag_L: Tensor, copied: Any) -> None:
+        if copied is not None:
+            copied.synchronize()
+        for name, flag in zip(self._layers, flag_L.tolist(), strict=True):
+            if flag:
+                raise RuntimeError(
+                    f"SSR: the router logits of {name} were NaN or infinite on rank {flag - 1} in the passes of "
+                    f"optimizer step {step}: look for a diverging loss (learning rate, data) and go on from the "
+                    "last checkpoint before it"
+                )
+
+
+def _to_host(flag_L: Tensor) -> tuple[Tensor, Any]:
+    """The flags on the host, and the event after which they are there."""
+    host_L = torch.empty_like(flag_L, device="cpu", pin_memory=True)
+    host_L.copy_(flag_L, non_blocking=True)
+    copied = get_accelerator().Event()
+    copied.record()
+    return host_L, copied
