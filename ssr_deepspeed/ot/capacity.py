@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ssr_deepspeed.ot.newton import Terms, cooling_start, drop_denormal_products, minimise, reduce_terms, solve_directly
-from ssr_deepspeed.ot.problem import Rows, Solution, Sum, prepare, readable
+from ssr_deepspeed.ot.problem import Rows, Solution, Sum, positive, prepare, readable
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _evaluate(rows: Rows, k: int, potential_E: Tensor, temperature: Tensor) -> T
     hessian_EE = torch.diag(wide_TE.sum(0)) - overlap_EE
     value, column_E, hessian_EE = reduce_terms(rows, value, column_E, hessian_EE)
     value = value - k * rows.target * (potential_E.double() / temperature).sum()
-    return Terms(value, rows.columns(column_E, k * rows.target), hessian_EE)
+    return Terms(value, positive(column_E + k * rows.blank), hessian_EE)
 
 
 def row_shifts(scaled_TE: Tensor, k: int) -> Tensor:

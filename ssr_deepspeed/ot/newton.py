@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssr_deepspeed.ot.problem import Rows, Solution, readable
+from ssr_deepspeed.ot.problem import Rows, Solution, positive, readable
 from ssr_deepspeed.ot.sns import conjugate_gradient
 
 # The recipe of ALGORITHMS, section 2: 40 of 40 problems to 1e-9.
@@ -95,7 +95,7 @@ def newton(
         column_E = plan_TE.sum(0, dtype=torch.float64)
         value, column_E, overlap_EE = reduce_terms(rows, value, column_E, hessian(plan_TE))
         value = value - rows.target * (potential_E.double() / temperature).sum()
-        column_E = rows.columns(column_E, rows.target)
+        column_E = positive(column_E + rows.blank)
         return Terms(value, column_E, torch.diag(column_E) - overlap_EE)
 
     start = cooling_start(rows, entropy)
@@ -147,7 +147,7 @@ def cooling_start(rows: Rows, entropy: float) -> Tensor:
     """
     centred_TE = rows.scores_TE - rows.scores_TE.mean(dim=1, keepdim=True)
     square = rows.total((centred_TE.double().square().mean(dim=1) * rows.weight_T).sum())
-    return (square / rows.count.clamp_min(1.0)).sqrt().clamp_min(entropy)
+    return (square / rows.count).sqrt().clamp_min(entropy)
 
 
 def minimise(

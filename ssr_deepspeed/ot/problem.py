@@ -74,21 +74,16 @@ class Rows:
     weight_T: Tensor
     """1 for a token that takes part, 0 for one left out."""
     count: Tensor
-    """Tokens that take part on all ranks, 0-dim fp64."""
+    """Tokens that take part on all ranks, 0-dim fp64, at least 1."""
+    target: Tensor
+    """`s = T / E`."""
+    blank: Tensor
+    """`s` if no token takes part, else 0: what columns then are, so that there is nothing to solve."""
     reduce: Sum | None
-
-    @property
-    def target(self) -> Tensor:
-        """`s = T / E`; with no token at all that of one, which `columns` then are."""
-        return self.count.clamp_min(1.0) / self.scores_TE.shape[1]
 
     def total(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in fp64; one collective."""
         return tensor.double() if self.reduce is None else self.reduce(tensor.double())
-
-    def columns(self, total_E: Tensor, target: Tensor) -> Tensor:
-        """Column sums over all ranks as solvers take them: above 0, and on target if there is no token."""
-        return torch.where(self.count > 0, total_E, target).clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def prepare(scores: Tensor, entropy: float, mask: Tensor | None, reduce: Sum | None) -> Rows:
@@ -118,7 +113,14 @@ def prepare(scores: Tensor, entropy: float, mask: Tensor | None, reduce: Sum | N
     if reduce is not None:
         count = reduce(count)
     spread = torch.cat([highest_T - lowest_T, highest_T.new_zeros(1)]).max()
-    return Rows(scores, highest_T, spread, weight_T, count, reduce)
+    some = count.clamp_min(1.0)
+    target = some / scores.shape[1]
+    return Rows(scores, highest_T, spread, weight_T, some, target, target * (count < 1), reduce)
+
+
+def positive(column_E: Tensor) -> Tensor:
+    """Column sums kept above zero, so that they have a logarithm."""
+    return column_E.clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def readable(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ssr_deepspeed.kernels import fused_columns, usable
-from ssr_deepspeed.ot.problem import Rows, Solution, readable
+from ssr_deepspeed.ot.problem import Rows, Solution, positive, readable
 
 Columns = Callable[[Tensor], Tensor]
 """Column sums `c [E]`, fp64, over all ranks, of the plan at `h = g / xi`; never zero."""
@@ -33,12 +33,13 @@ def sinkhorn(rows: Rows, entropy: float, tolerance: float, max_iterations: int, 
     columns = column_sums(rows, entropy)
     potential_E = rows.scores_TE.new_zeros(rows.scores_TE.shape[1]) if initial is None else initial / entropy
     iterations = torch.zeros((), dtype=torch.int64, device=potential_E.device)
+    host_reads = readable(potential_E)
     for _ in range(max_iterations):
         moved_E, error = _sweep(rows, columns, potential_E)
         active = error > tolerance
-        if readable(active) and not active:
+        if host_reads and not active:
             break
-        potential_E = torch.where(active, moved_E, potential_E)
+        potential_E = moved_E if host_reads else torch.where(active, moved_E, potential_E)
         iterations = iterations + active
     else:  # the last error was that of the potentials before the last move
         _, error = _sweep(rows, columns, potential_E)
@@ -49,8 +50,7 @@ def sinkhorn(rows: Rows, entropy: float, tolerance: float, max_iterations: int, 
 def _sweep(rows: Rows, columns: Columns, potential_E: Tensor) -> tuple[Tensor, Tensor]:
     """One Sinkhorn sweep: the moved potentials, and the error before the move."""
     relative_E = columns(potential_E) / rows.target
-    moved_E = potential_E - relative_E.log().to(potential_E.dtype)
-    return moved_E - moved_E.mean(), (relative_E - 1).abs().max()
+    return potential_E - relative_E.log().to(potential_E.dtype), (relative_E - 1).abs_().max()
 
 
 def column_sums(rows: Rows, entropy: float) -> Columns:
@@ -71,9 +71,11 @@ def column_sums(rows: Rows, entropy: float) -> Columns:
 
     def columns(potential_E: Tensor) -> Tensor:
         nonlocal scaled_TE
-        if kernel_TE is not None and potential_E.max() - potential_E.min() < limit:
-            scale_E = (potential_E - potential_E.max()).exp()
-            return (rows.weight_T / (kernel_TE @ scale_E)) @ kernel_TE * scale_E
+        if kernel_TE is not None:
+            lowest, highest = torch.aminmax(potential_E)
+            if highest - lowest < limit:
+                scale_E = (potential_E - highest).exp_()
+                return ((rows.weight_T / (kernel_TE @ scale_E)) @ kernel_TE).mul_(scale_E)
         scaled_TE = rows.scores_TE / entropy if scaled_TE is None else scaled_TE
         if usable(scaled_TE, scaled_TE.shape[1]):
             return fused_columns(scaled_TE, potential_E, rows.weight_T)
@@ -84,7 +86,7 @@ def column_sums(rows: Rows, entropy: float) -> Columns:
         log_plan_TE = torch.log_softmax(scaled_TE + potential_E, dim=1) + rows.weight_T.log().unsqueeze(1)
         return torch.logsumexp(log_plan_TE, dim=0).double().exp()
 
-    return lambda potential_E: rows.columns(rows.total(columns(potential_E)), rows.target)
+    return lambda potential_E: positive(rows.total(columns(potential_E)) + rows.blank)
 
 
 def has_cheap_sweeps(rows: Rows, entropy: float) -> bool:
