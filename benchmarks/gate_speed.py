@@ -11,6 +11,9 @@ SSR's routes, capacity slots and surviving weights on a softmax step and on a tr
 weights, without slots. Capacity factor 1. `--gates` times the whole modules instead, with the
 matrix product from width 512 to the logits in them. Memory is what the tensors of one forward and
 backward pass hold at most, counted beside the timing.
+
+On a GPU (`--device cuda`) the fused kernels are used where they fit, and a rule `copy` is added, which
+reads the logits once and writes as much, forward and backward: what the memory allows at best.
 """
 
 from __future__ import annotations
@@ -66,15 +69,16 @@ def ssr_routes(logits_TE: Tensor, k: int, config: SSRConfig, transport: bool) ->
     return surviving_weights(plan, slots.kept_TK).sum(), facts
 
 
-def rules(experts: int) -> dict[str, Callable[[Tensor, int], tuple[Tensor, dict[str, Any]]]]:
+def rules(experts: int, device: str) -> dict[str, Callable[[Tensor, int], tuple[Tensor, dict[str, Any]]]]:
     """Every rule by its column's name; each gives something to differentiate and what to report."""
     config, moving = SSRConfig(), SSRConfig(overflow="next")
-    quantile = QuantileBalancing(experts)
+    quantile = QuantileBalancing(experts, device)
 
     def megatron(logits_TE: Tensor, k: int) -> tuple[Tensor, dict[str, Any]]:
         _, weights_TK, turns = primal_sinkhorn(logits_TE, k)
         return weights_TK.sum(), {"sweeps": turns}
 
+    copy = {"copy": lambda logits_TE, k: (logits_TE, {})} if device != "cpu" else {}
     return {
         "TopKGate": topk_routes,
         "softmax": lambda logits_TE, k: ssr_routes(logits_TE, k, config, False),
@@ -83,29 +87,30 @@ def rules(experts: int) -> dict[str, Callable[[Tensor, int], tuple[Tensor, dict[
         "transport next": lambda logits_TE, k: ssr_routes(logits_TE, k, moving, True),
         "megatron": megatron,
         "quantile": lambda logits_TE, k: (quantile(logits_TE, k)[1].sum(), {}),
+        **copy,
     }
 
 
-def on_logits(rule: Callable[[Tensor, int], tuple[Tensor, dict[str, Any]]], kind: str, shape: tuple[int, int, int]):
+def on_logits(
+    rule: Callable[[Tensor, int], tuple[Tensor, dict[str, Any]]], leaf_TE: Tensor, k: int
+) -> Callable[[], dict[str, Any]]:
     """The timed call: forward and backward of one rule on one input."""
-    tokens, experts, k = shape
-    leaf_TE = logits(kind, tokens, experts).requires_grad_()
 
     def call() -> dict[str, Any]:
         leaf_TE.grad = None
         # top2gating adds its noise in place, so it gets a copy; the others get the same.
         value, facts = rule(leaf_TE * 1, k)
-        value.backward()
+        value.backward(torch.ones_like(value))
         return facts
 
     return call
 
 
-def on_gates(shape: tuple[int, int, int]) -> dict[str, Callable[[], dict[str, Any]]]:
+def on_gates(shape: tuple[int, int, int], device: str) -> dict[str, Callable[[], dict[str, Any]]]:
     """Whole modules on random activations: `TopKGate`, and `SSRGate` on both kinds of step."""
     tokens, experts, k = shape
     torch.manual_seed(0)
-    activations = torch.randn(tokens, WIDTH, requires_grad=True)
+    activations = torch.randn(tokens, WIDTH, device=device, requires_grad=True)
 
     def call(gate: TopKGate) -> dict[str, Any]:
         gate.zero_grad()
@@ -118,6 +123,8 @@ def on_gates(shape: tuple[int, int, int]) -> dict[str, Callable[[], dict[str, An
     for name, probability in (("softmax", 0.0), ("transport", 1.0)):
         config = SSRConfig(probability=probability)
         gates[name] = SSRGate(WIDTH, experts, k, min_capacity=LEAST_CAPACITY, config=config)
+    for gate in gates.values():
+        gate.to(device)
     return {name: lambda gate=gate: call(gate) for name, gate in gates.items()}
 
 
@@ -129,13 +136,17 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     return max(int(snapshot["Total"]) for snapshot in tracker.get_tracker_snapshot("peak").values())
 
 
-def measure(calls: dict[str, Callable[[], dict[str, Any]]], repeats: int) -> dict[str, dict[str, Any]]:
+def measure(
+    calls: dict[str, Callable[[], dict[str, Any]]], repeats: int, synchronise: bool
+) -> dict[str, dict[str, Any]]:
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     facts = {name: call() for name, call in calls.items()}
     for _ in range(repeats):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
+            if synchronise:
+                torch.accelerator.synchronize()
             seconds[name].append(time.perf_counter() - start)
     host = seconds["TopKGate"]
     return {
@@ -184,6 +195,7 @@ def main() -> None:
     parser.add_argument("--inputs", choices=KINDS, nargs="+", default=KINDS)
     parser.add_argument("--repeats", type=int, default=5, help="turns of every cell (default 5)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--gates", action="store_true", help="whole modules on random activations")
     parser.add_argument("--json", type=Path, help="write every cell to this JSON lines file")
     options = parser.parse_args()
@@ -193,11 +205,20 @@ def main() -> None:
     for tokens, experts, k in itertools.product(options.tokens, options.experts, options.k):
         for kind in ("random",) if options.gates else options.inputs:
             if options.gates:
-                calls = on_gates((tokens, experts, k))
+                calls = on_gates((tokens, experts, k), options.device)
             else:
-                calls = {name: on_logits(rule, kind, (tokens, experts, k)) for name, rule in rules(experts).items()}
-            cell = {"kind": kind, "tokens": tokens, "experts": experts, "k": k, "threads": options.threads}
-            cell["rules"] = measure(calls, options.repeats)
+                leaf_TE = logits(kind, tokens, experts).to(options.device).requires_grad_()
+                table = rules(experts, options.device)
+                calls = {name: on_logits(rule, leaf_TE, k) for name, rule in table.items()}
+            cell = {
+                "kind": kind,
+                "tokens": tokens,
+                "experts": experts,
+                "k": k,
+                "threads": options.threads,
+                "device": options.device,
+            }
+            cell["rules"] = measure(calls, options.repeats, options.device != "cpu")
             if not cells:
                 print(
                     f"{'input':>9} {'T':>6} {'E':>4} {'k':>2}  TopKGate"

@@ -47,8 +47,8 @@ class QuantileBalancing:
     Source: kexue.fm 11619.
     """
 
-    def __init__(self, experts: int) -> None:
-        self.bias_E = torch.zeros(experts)
+    def __init__(self, experts: int, device: str = "cpu") -> None:
+        self.bias_E = torch.zeros(experts, device=device)
 
     def __call__(self, logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
         tokens, experts = logits_TE.shape
