@@ -5,8 +5,9 @@
 
 Engines of DeepSpeed with the same stack of expert-parallel MoE layers take training steps in turn,
 A B C A B C ..., on the same inputs: clustered activations, so that experts overflow. Per setting:
-median step time and its ratio to TopKGate at 1.25, bytes that all-to-all moves in a step (counted
-at the call), and the share of routes without a slot.
+median step time and its ratio to TopKGate at 1.25, bytes that a rank hands to all-to-all in a step
+(counted at the call, its own share of them included), and the share of routes without a slot. The
+router is as initialised, and no setting has an auxiliary loss: this is about overflow, not balance.
 """
 
 from __future__ import annotations

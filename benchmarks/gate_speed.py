@@ -5,9 +5,10 @@
 
 All rules run in one process and in turn, A B C A B C ...; a ratio is the median over the turns of
 that turn's ratio to TopKGate, so that a machine whose speed drifts does not matter. What is timed,
-on one CPU thread: `TopKGate`'s own function for that k (sparse routes) with its auxiliary loss;
-SSR's routes, capacity slots and surviving weights on a softmax step and on a transport step
-(xi = 1, tolerance 1e-3); Megatron's Sinkhorn rule and Quantile Balancing, which stop at experts and
+on one CPU thread: `TopKGate`'s own function for that k with sparse routes, its auxiliary loss and,
+as by default, its random choices (they take 3 to 19 % of its time, and SSR has none); all that
+`SSRGate` makes of logits, on a softmax step and on a transport step (xi = 1, tolerance 1e-3), dropping
+routes or moving them; Megatron's Sinkhorn rule and Quantile Balancing, which stop at experts and
 weights, without slots. Capacity factor 1. `--gates` times the whole modules instead, with the
 matrix product from width 512 to the logits in them. Memory is what the tensors of one forward and
 backward pass hold at most, counted beside the timing.
@@ -40,96 +41,103 @@ from benchmarks.inputs import KINDS, logits
 from benchmarks.rivals import QuantileBalancing, primal_sinkhorn
 from ssr_deepspeed.config import SSRConfig
 from ssr_deepspeed.gate import SSRGate
-from ssr_deepspeed.routing import expert_capacity, fill_slots, route, surviving_weights, transport_potentials
 
 WIDTH = 512
 LEAST_CAPACITY = 4
 
 
-def topk_routes(logits_TE: Tensor, k: int) -> tuple[Tensor, dict[str, Any]]:
-    if k == 1:
-        out = top1gating(logits_TE, 1.0, LEAST_CAPACITY, sparse_routes=True)
-    elif k == 2:
-        out = top2gating(logits_TE, 1.0, LEAST_CAPACITY, sparse_routes=True)
-    else:
-        out = topkgating(logits_TE, k, 1.0, LEAST_CAPACITY, sparse_routes=True)
-    return out[5].sum() + out[0], {}
+def ssr_gate(experts: int, k: int, transport: bool, device: str, **settings: Any) -> SSRGate:
+    config = SSRConfig(probability=float(transport), **settings)
+    gate = SSRGate(WIDTH, experts, k, min_capacity=LEAST_CAPACITY, config=config).to(device)
+    # As an engine has it: the logits are watched.
+    gate.ssr.nonfinite = torch.zeros((), dtype=torch.bool, device=device)
+    return gate
 
 
-def ssr_routes(logits_TE: Tensor, k: int, config: SSRConfig, transport: bool) -> tuple[Tensor, dict[str, Any]]:
-    potentials_E, facts = None, {}
-    capacity = expert_capacity(*logits_TE.shape, k, 1.0, LEAST_CAPACITY)
-    if transport:
-        potentials_E, solution = transport_potentials(logits_TE, config, None, None)
-        facts = {"sweeps": int(solution.iterations), "error": float(solution.error)}
-    moved = capacity if config.overflow == "next" else None
-    plan = route(logits_TE, potentials_E, k=k, capacity=moved)
-    slots = fill_slots(plan, capacity)
-    facts["dropped"] = 1 - float(slots.kept_TK.float().mean())
-    return surviving_weights(plan, slots.kept_TK).sum(), facts
+def facts_of(gate: SSRGate, indices: Tensor) -> dict[str, Any]:
+    facts: dict[str, Any] = {"dropped": float((indices < 0).float().mean())}
+    if gate.ssr.solution is not None:
+        facts |= {"sweeps": int(gate.ssr.solution.iterations), "error": float(gate.ssr.solution.error)}
+    return facts
 
 
-def rules(experts: int, device: str) -> dict[str, Callable[[Tensor, int], tuple[Tensor, dict[str, Any]]]]:
-    """Every rule by its column's name; each gives something to differentiate and what to report."""
-    config, moving = SSRConfig(), SSRConfig(overflow="next")
+Call = Callable[[], Callable[[], dict[str, Any]]]
+"""A forward and backward pass; what it returns tells afterwards, outside the timing, what came of it."""
+
+SSR_RULES: dict[str, tuple[bool, dict[str, Any]]] = {
+    "softmax": (False, {}),
+    "transport": (True, {}),
+    "softmax next": (False, {"overflow": "next"}),
+    "transport next": (True, {"overflow": "next"}),
+}
+
+
+def on_logits(leaf_TE: Tensor, k: int, device: str) -> dict[str, Call]:
+    """Every rule on given logits."""
+    experts = leaf_TE.shape[1]
     quantile = QuantileBalancing(experts, device)
 
-    def megatron(logits_TE: Tensor, k: int) -> tuple[Tensor, dict[str, Any]]:
+    def passing(rule: Callable[[Tensor], tuple[Tensor, Callable[[], dict[str, Any]]]]) -> Call:
+        def call() -> Callable[[], dict[str, Any]]:
+            leaf_TE.grad = None
+            # top2gating adds its noise in place, so it gets a copy; the others get the same.
+            value, facts = rule(leaf_TE * 1)
+            value.backward(torch.ones_like(value))
+            return facts
+
+        return call
+
+    def topk(logits_TE: Tensor) -> tuple[Tensor, Callable[[], dict[str, Any]]]:
+        if k == 1:
+            out = top1gating(logits_TE, 1.0, LEAST_CAPACITY, sparse_routes=True)
+        elif k == 2:
+            out = top2gating(logits_TE, 1.0, LEAST_CAPACITY, sparse_routes=True)
+        else:
+            out = topkgating(logits_TE, k, 1.0, LEAST_CAPACITY, sparse_routes=True)
+        return out[5].sum() + out[0], lambda: {"dropped": float((out[3] < 0).float().mean())}
+
+    def ssr(gate: SSRGate) -> Callable[[Tensor], tuple[Tensor, Callable[[], dict[str, Any]]]]:
+        def rule(logits_TE: Tensor) -> tuple[Tensor, Callable[[], dict[str, Any]]]:
+            out = gate.routes_of(logits_TE, None, True)
+            return out[5].sum() + out[0], lambda: facts_of(gate, out[3])
+
+        return rule
+
+    def megatron(logits_TE: Tensor) -> tuple[Tensor, Callable[[], dict[str, Any]]]:
         _, weights_TK, turns = primal_sinkhorn(logits_TE, k)
-        return weights_TK.sum(), {"sweeps": turns}
+        return weights_TK.sum(), lambda: {"sweeps": turns}
 
-    copy = {"copy": lambda logits_TE, k: (logits_TE, {})} if device != "cpu" else {}
-    return {
-        "TopKGate": topk_routes,
-        "softmax": lambda logits_TE, k: ssr_routes(logits_TE, k, config, False),
-        "transport": lambda logits_TE, k: ssr_routes(logits_TE, k, config, True),
-        "softmax next": lambda logits_TE, k: ssr_routes(logits_TE, k, moving, False),
-        "transport next": lambda logits_TE, k: ssr_routes(logits_TE, k, moving, True),
-        "megatron": megatron,
-        "quantile": lambda logits_TE, k: (quantile(logits_TE, k)[1].sum(), {}),
-        **copy,
-    }
+    table = {"TopKGate": topk}
+    table |= {name: ssr(ssr_gate(experts, k, SSR_RULES[name][0], device, **SSR_RULES[name][1])) for name in SSR_RULES}
+    table |= {"megatron": megatron, "quantile": lambda logits_TE: (quantile(logits_TE, k)[1].sum(), dict)}
+    if device != "cpu":
+        table["copy"] = lambda logits_TE: (logits_TE, dict)
+    return {name: passing(rule) for name, rule in table.items()}
 
 
-def on_logits(
-    rule: Callable[[Tensor, int], tuple[Tensor, dict[str, Any]]], leaf_TE: Tensor, k: int
-) -> Callable[[], dict[str, Any]]:
-    """The timed call: forward and backward of one rule on one input."""
-
-    def call() -> dict[str, Any]:
-        leaf_TE.grad = None
-        # top2gating adds its noise in place, so it gets a copy; the others get the same.
-        value, facts = rule(leaf_TE * 1, k)
-        value.backward(torch.ones_like(value))
-        return facts
-
-    return call
-
-
-def on_gates(shape: tuple[int, int, int], device: str) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Whole modules on random activations: `TopKGate`, and `SSRGate` on both kinds of step."""
+def on_gates(shape: tuple[int, int, int], device: str) -> dict[str, Call]:
+    """Whole modules on random activations."""
     tokens, experts, k = shape
     torch.manual_seed(0)
     activations = torch.randn(tokens, WIDTH, device=device, requires_grad=True)
 
-    def call(gate: TopKGate) -> dict[str, Any]:
-        gate.zero_grad()
-        activations.grad = None
-        output = gate(activations, None, True)
-        (output[5].sum() + output[0]).backward()
-        return {}
+    def passing(gate: TopKGate) -> Call:
+        def call() -> Callable[[], dict[str, Any]]:
+            gate.zero_grad()
+            activations.grad = None
+            out = gate(activations, None, True)
+            (out[5].sum() + out[0]).backward()
+            return lambda: facts_of(gate, out[3]) if isinstance(gate, SSRGate) else {}
 
-    gates = {"TopKGate": TopKGate(WIDTH, experts, k, min_capacity=LEAST_CAPACITY)}
-    for name, probability in (("softmax", 0.0), ("transport", 1.0)):
-        config = SSRConfig(probability=probability)
-        gates[name] = SSRGate(WIDTH, experts, k, min_capacity=LEAST_CAPACITY, config=config)
-    for gate in gates.values():
-        gate.to(device)
-    return {name: lambda gate=gate: call(gate) for name, gate in gates.items()}
+        return call
+
+    gates = {"TopKGate": TopKGate(WIDTH, experts, k, min_capacity=LEAST_CAPACITY).to(device)}
+    gates |= {name: ssr_gate(experts, k, SSR_RULES[name][0], device, **SSR_RULES[name][1]) for name in SSR_RULES}
+    return {name: passing(gate) for name, gate in gates.items()}
 
 
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """Most bytes that tensors made by `call` hold at one time."""
+def peak_bytes(call: Call) -> int:
+    """Most bytes that tensors made by `call` hold at one time, up to about one `[T, E]` inside single operators."""
     tracker = MemTracker()
     with tracker:
         call()
@@ -140,7 +148,7 @@ def measure(
     calls: dict[str, Callable[[], dict[str, Any]]], repeats: int, synchronise: bool
 ) -> dict[str, dict[str, Any]]:
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    facts = {name: call() for name, call in calls.items()}
+    facts = {name: call()() for name, call in calls.items()}
     for _ in range(repeats):
         for name, call in calls.items():
             start = time.perf_counter()
@@ -208,8 +216,7 @@ def main() -> None:
                 calls = on_gates((tokens, experts, k), options.device)
             else:
                 leaf_TE = logits(kind, tokens, experts).to(options.device).requires_grad_()
-                table = rules(experts, options.device)
-                calls = {name: on_logits(rule, leaf_TE, k) for name, rule in table.items()}
+                calls = on_logits(leaf_TE, k, options.device)
             cell = {
                 "kind": kind,
                 "tokens": tokens,

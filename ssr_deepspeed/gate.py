@@ -61,7 +61,8 @@ class GateState:
     solution: Solution | None = None
     """Of the last training pass; None if that was a softmax step."""
     nonfinite: Tensor | None = None
-    """Whether a training pass since the last check met a NaN or an infinity in the logits, 0-dim bool."""
+    """Whether a training pass since the last check met a NaN or an infinity in the logits, 0-dim bool. None:
+    nobody asks."""
     dispatched_E: Tensor | None = None
     """int64 `[E]`, routes of the last pass that got a slot, where routes are moved; else None."""
     data_parallel_group: Any = field(default=None, repr=False)
@@ -180,21 +181,24 @@ class SSRGate(TopKGate):
             self.timers(TOPK_GATE_TIMER).start()
         with torch.autocast(input.device.type, enabled=False):
             logits_TE = torch.nn.functional.linear(input.float(), self.wg.weight.float())
-            if self.training:
-                self._watch(logits_TE)
-            plan = self._plan(logits_TE, used_token)
-            capacity, slots = self._fill(plan, logits_TE)
-            self.ssr.dispatched_E = None if plan.placed_TK is None else dispatched(plan, slots)
-            weights_TK = surviving_weights(plan, slots.kept_TK)
-            l_aux = logits_TE[:0].sum()
-            if sparse_routes:
-                output = _sparse(l_aux, capacity, plan, slots, weights_TK)
-            else:
-                output = _dense(l_aux, capacity, plan, slots, weights_TK)
+            output = self.routes_of(logits_TE, used_token, sparse_routes)
         if self.wall_clock_breakdown:
             self.timers(TOPK_GATE_TIMER).stop()
             self.gate_time = self.timers(TOPK_GATE_TIMER).elapsed(reset=False)
         return output
+
+    def routes_of(self, logits_TE: Tensor, used_token: Tensor | None, sparse_routes: bool) -> tuple[Any, ...]:
+        """What `forward` makes of the fp32 logits."""
+        if self.training and self.ssr.nonfinite is not None:
+            self._watch(logits_TE, self.ssr.nonfinite)
+        plan = self._plan(logits_TE, used_token)
+        capacity, slots = self._fill(plan, logits_TE)
+        self.ssr.dispatched_E = None if plan.placed_TK is None else dispatched(plan, slots)
+        weights_TK = surviving_weights(plan, slots.kept_TK)
+        l_aux = logits_TE[:0].sum()
+        if sparse_routes:
+            return _sparse(l_aux, capacity, plan, slots, weights_TK)
+        return _dense(l_aux, capacity, plan, slots, weights_TK)
 
     def _plan(self, logits_TE: Tensor, mask: Tensor | None) -> RoutePlan:
         """Routes of this pass: plain softmax in evaluation, the coin's choice in training."""
@@ -221,14 +225,11 @@ class SSRGate(TopKGate):
             capacity=capacity,
         )
 
-    def _watch(self, logits_TE: Tensor) -> None:
+    def _watch(self, logits_TE: Tensor, before: Tensor) -> None:
         """Remember a NaN or an infinity on the device, for whoever drives the steps to ask about."""
-        if not logits_TE.numel():
-            return
-        lowest, highest = torch.aminmax(logits_TE.detach())
-        nonfinite = ~(torch.isfinite(lowest) & torch.isfinite(highest))
-        before = self.ssr.nonfinite
-        self.ssr.nonfinite = nonfinite if before is None else before | nonfinite
+        if logits_TE.numel():
+            lowest, highest = torch.aminmax(logits_TE.detach())
+            self.ssr.nonfinite = before | ~(torch.isfinite(lowest) & torch.isfinite(highest))
 
     def _capacity(self, logits_TE: Tensor) -> int:
         """Slots of each expert where tokens are dropped."""

@@ -165,6 +165,22 @@ def test_no_route_is_lost_at_capacity_one_when_they_move_to_the_next_best_expert
     assert int(dispatch.sum()) == 64 * k
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_token_whose_routes_all_moved_far_down_its_list_keeps_its_whole_weight(factor):
+    """Two experts lead by 150 nats, further than fp32 reaches, and most tokens get neither."""
+    gate = make_gate(2, overflow="next", factor=factor, least=1)
+    logits = torch.randn(64, 8)
+    logits[:, :2] += 150
+    logits.requires_grad_()
+    indices, _, gates = gate.routes_of(logits, None, True)[3:6]
+    kept = (indices >= 0).any(0)
+    assert int(kept.sum()) >= 64 * factor
+    torch.testing.assert_close(gates.sum(0), kept.float())
+    (slope,) = torch.autograd.grad((gates * torch.randn(2, 64)).sum(), logits)
+    assert torch.isfinite(slope).all()
+    torch.testing.assert_close(slope.sum(1), torch.zeros(64), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_moved_routes_reach_the_weight_through_their_own_scores(k):
     gate = make_gate(k, overflow="next")
@@ -192,6 +208,7 @@ def test_padding_takes_no_slot_from_routes_that_move():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_logits_that_are_not_finite_are_flagged_in_training_only(bad):
     gate, x = make_gate(2, probability=1.0), torch.randn(64, 16)
+    gate.ssr.nonfinite = torch.tensor(False)
     gate(x, None, True)
     assert not gate.ssr.nonfinite
     spoilt = x.clone()

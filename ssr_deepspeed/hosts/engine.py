@@ -2,11 +2,13 @@
 
 DeepSpeed has no plugin mechanism, and users reach the engine in many ways (`deepspeed.initialize`,
 HF Trainer, accelerate, PipelineEngine, Megatron-DeepSpeed), some of which bind functions before we
-are imported. All of them construct a `DeepSpeedEngine`, so three of its methods are wrapped:
+are imported. All of them construct a `DeepSpeedEngine`, so five of its methods are wrapped:
 
     __init__           afterwards, the engine's "ssr" block is read and its gates are swapped
     forward            beforehand, the coin is tossed if `global_steps` has changed
     _take_model_step   beforehand, the logits are checked; afterwards, the load monitor closes the step
+    save_checkpoint    beforehand, a check of the logits still on its way is read
+    load_checkpoint    afterwards, such a check is dropped
 
 The step counter is read here and not in a gate, where it would make torch.compile recompile at
 every step. An engine whose configuration has no "ssr" block is left alone. `uninstall` restores
@@ -25,6 +27,7 @@ from collections.abc import Callable
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.moe.sharded_moe import TopKGate
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
@@ -74,8 +77,7 @@ class EngineRuntime:
             for name, gate in self.gates.items():
                 layer = self.layers.index(name)
                 adopted[layer] = SSRGate.adopt(gate, self.config, layer, engine.data_parallel_group)
-            # Under fp16 the loss scaler expects overflows and skips their step.
-            if not engine.fp16_enabled():
+            if not _scales_loss(engine):
                 self._finite = FiniteWatch(adopted, self.layers, engine.device)
         self.monitor = self._attach_monitor(engine, layers) if self.config.monitor.interval else None
         self._set_step(self.step)
@@ -108,6 +110,16 @@ class EngineRuntime:
         if self._finite:
             self._finite.before_step(engine.global_steps)
 
+    def before_save(self) -> None:
+        """Stop, on all ranks, rather than save what logits that were not finite have spoilt."""
+        if self._finite:
+            self._finite.settle()
+
+    def after_load(self) -> None:
+        """Forget the passes before the checkpoint's weights came."""
+        if self._finite:
+            self._finite.forget()
+
     def after_step(self, engine: DeepSpeedEngine) -> None:
         """Toss the next step's coin and close this one; at the monitor's interval, report."""
         self._set_step(engine.global_steps)
@@ -130,7 +142,7 @@ class EngineRuntime:
             hook.remove()
         if self._sink:
             self._sink.close()
-        self.monitor = None
+        self.monitor, self._finite = None, None
 
 
 def install() -> None:
@@ -141,7 +153,13 @@ def install() -> None:
     """
     if _originals:
         return
-    wrappers = {"__init__": _wrap_init, "forward": _wrap_forward, "_take_model_step": _wrap_take_model_step}
+    wrappers = {
+        "__init__": _wrap_init,
+        "forward": _wrap_forward,
+        "_take_model_step": _wrap_take_model_step,
+        "save_checkpoint": _wrap_save_checkpoint,
+        "load_checkpoint": _wrap_load_checkpoint,
+    }
     for name in wrappers:
         if name not in vars(DeepSpeedEngine):
             raise RuntimeError(
@@ -223,6 +241,37 @@ def _wrap_take_model_step(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return _take_model_step
+
+
+def _wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def save_checkpoint(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+        runtime = vars(self).get("ssr")
+        if runtime is not None:
+            runtime.before_save()
+        return original(self, *args, **kwargs)
+
+    return save_checkpoint
+
+
+def _wrap_load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_checkpoint(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        runtime = vars(self).get("ssr")
+        if runtime is not None:
+            runtime.after_load()
+        return result
+
+    return load_checkpoint
+
+
+def _scales_loss(engine: DeepSpeedEngine) -> bool:
+    """Whether a loss scaler expects overflows and skips their step: fp16, plain or (since 0.17) by autocast."""
+    if engine.fp16_enabled():
+        return True
+    autocast = getattr(engine, "torch_autocast_enabled", None)
+    return autocast is not None and autocast() and engine.torch_autocast_dtype() == torch.float16
 
 
 def _agree(engine: DeepSpeedEngine) -> EngineRuntime | None:

@@ -3,7 +3,8 @@
 Gates flag a NaN or an infinity on the device. At every optimizer step the ranks take the maximum
 of their flags, one number a layer. On the CPU it is read at once, before the step changes a
 weight. On an accelerator reading would stall the step, so the copy to the host runs beside it and
-is looked at one step later. Under fp16 nothing is checked: there the loss scaler expects overflow.
+is looked at one step later, or before a checkpoint is saved. Under fp16 nothing is checked: there the
+loss scaler expects overflow.
 """
 
 from __future__ import annotations
@@ -33,6 +34,19 @@ class FiniteWatch:
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._reads_at_once = device.type == "cpu"
         self._pending: tuple[int, Tensor, Any] | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what the passes so far have left: the weights are others now."""
+        self._pending = None
+        for gate in self._gates.values():
+            gate.ssr.nonfinite = torch.zeros((), dtype=torch.bool, device=self._device)
+
+    def settle(self) -> None:
+        """Read what is still on its way, as `before_step` would at the next step."""
+        before, self._pending = self._pending, None
+        if before is not None:
+            self._read(*before)
 
     def before_step(self, step: int) -> None:
         """Check the passes since the last call; every rank calls it, one collective.
@@ -49,14 +63,13 @@ class FiniteWatch:
         for layer, gate in self._gates.items():
             if gate.ssr.nonfinite is not None:
                 flag_L[layer] = gate.ssr.nonfinite * (self._rank + 1)
-                gate.ssr.nonfinite = None
+                gate.ssr.nonfinite = torch.zeros_like(gate.ssr.nonfinite)
         flag_L = maximum_over(dist.group.WORLD if dist.is_initialized() else None, flag_L)
         if self._reads_at_once:
             self._read(step, flag_L, None)
             return
-        before, self._pending = self._pending, (step, *_to_host(flag_L))
-        if before is not None:
-            self._read(*before)
+        self.settle()
+        self._pending = (step, *_to_host(flag_L))
 
     def _read(self, step: int, flag_L: Tensor, copied: Any) -> None:
         if copied is not None:

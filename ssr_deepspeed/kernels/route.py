@@ -1,7 +1,7 @@
 """Choosing k experts for every token in one read of the scores.
 
-The same routes, masses and gradients as `ssr_deepspeed.routing.route`, as an operator that torch
-traces without looking inside.
+For finite scores the same routes, masses and gradients as `ssr_deepspeed.routing.route`, as an operator
+that torch traces without looking inside. Its gradient has none of its own (no double backward).
 
 Shapes: T tokens, E experts, K choices a token.
 """

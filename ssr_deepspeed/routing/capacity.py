@@ -76,10 +76,13 @@ def dispatched(plan: RoutePlan, slots: Slots) -> Tensor:
 def surviving_weights(plan: RoutePlan, kept_TK: Tensor) -> Tensor:
     """Weights `[T, K]` of the routes that survived, 0 for the others.
 
-    For k > 1 they sum to 1 for each token that kept a route; the denominator has DeepSpeed's floor,
-    the fp32 machine epsilon. For k = 1 the weight is the softmax probability.
+    For k > 1 they sum to 1 for each token that kept a route with any mass; for k = 1 the weight is the
+    softmax probability.
     """
     mass_TK = plan.mass_TK * kept_TK
     if mass_TK.shape[1] == 1:
         return mass_TK
-    return mass_TK / mass_TK.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
+    # The largest is a factor that cancels, in the gradient too: with it the sum is never too small to divide by.
+    largest_T1 = mass_TK.detach().amax(dim=1, keepdim=True)
+    share_TK = mass_TK / torch.where(largest_T1 == 0, 1.0, largest_T1)
+    return share_TK / share_TK.sum(dim=1, keepdim=True).clamp_min(0.5)

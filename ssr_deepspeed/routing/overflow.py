@@ -37,7 +37,8 @@ from ssr_deepspeed.routing.ranks import rank_in_expert
 # Measured on 512 tokens, 32 experts, clustered: without asking the mean score of a route is 1.66
 # below that of the best assignment (k = 1), after 1, 4, 6 and 16 rounds 1.12, 0.39, 0.25 and 0.24.
 ASKING_ROUNDS = 6
-# At most 5 were needed for 2 k < E; above that up to 17 at k = 8, E = 9, where few tokens can be donors.
+# Beside one for each choice: a round places one route of a token. Where 2 k >= E few tokens can be
+# donors, and another two for each choice were needed (17 in all at k = 8, E = 9).
 SWAP_ROUNDS = 6
 DONORS = 16
 # A prime above any number of tokens: multiplying by it permutes them, so that neighbours, which are
@@ -62,8 +63,9 @@ def place_overflow(
 ) -> Placement:
     """Keep the most probable routes of each expert and move the others to experts with room.
 
-    With `capacity * E >= T * k` nothing is dropped: always for k = 1, and for k > 1 in all that was
-    measured, up to 32,768 tokens that all prefer the same experts in the same order.
+    With `capacity * E >= T * k` nothing is dropped: always for k = 1; for k > 1 in all that was measured
+    without padding (k up to 16 and E up to 128 with equal rows, 32,768 tokens that prefer the same experts
+    in the same order), but the rounds are bounded, so not by proof.
 
     Args:
         experts: `[T, K]`, int64, distinct in each row, best first.
@@ -89,7 +91,7 @@ def place_overflow(
     if (rows_A := board.open_rows()) is not None:
         _pair(board, rows_A)
     # With k = 1 an open route's token uses no expert, and pairing has placed it.
-    swaps = 0 if choices == 1 else SWAP_ROUNDS + (2 * choices if 2 * choices >= count else 0)
+    swaps = 0 if choices == 1 else SWAP_ROUNDS + choices * (3 if 2 * choices >= count else 1)
     for turn in range(swaps):
         if (rows_A := board.open_rows()) is None:
             break

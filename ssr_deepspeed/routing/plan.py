@@ -13,6 +13,7 @@ Shapes: T tokens, E experts, K choices a token.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,8 @@ class RoutePlan:
     experts_TK: Tensor
     """int64, distinct in each row."""
     mass_TK: Tensor
-    """Plan mass `P_ij` of each route (for k = 1 the softmax probability): the gradient's only path."""
+    """Plan mass `P_ij` of each route (for k = 1 the softmax probability): the gradient's only path. Where routes
+    were moved and k > 1, relative to the token's best placed route, for moved ones may have next to none."""
     log_mass_TK: Tensor
     """Logarithm of the plan mass, without gradient and without underflow: what a full expert keeps by."""
     used_T: Tensor | None
@@ -85,7 +87,7 @@ def route(
         scores_TE = scores_TE.detach()
         potentials = None if potentials is None else potentials.detach()
     used_T = _used(mask, tokens)
-    if _fits_kernel(scores_TE, logits, k, capacity):
+    if _fits_kernel(scores_TE, logits, potentials, k, capacity):
         experts_TK, mass_TK, log_mass_TK, demand_E = fused_route(
             scores_TE, potentials, k=k, entropy=entropy, used_T=used_T
         )
@@ -100,7 +102,10 @@ def route(
         if capacity is not None:
             placement = place_overflow(experts_TK, log_mass_TK, scaled_TE, capacity, used_T)
             experts_TK, placed_TK = placement.experts_TK, placement.kept_TK
-            log_mass_TK = scaled_TE.gather(1, experts_TK) - log_total_T1
+            moved_TK = scaled_TE.gather(1, experts_TK)
+            log_mass_TK = moved_TK - log_total_T1
+            log_total_T1 = moved_TK.masked_fill(~placed_TK, -math.inf).amax(dim=1, keepdim=True)
+            log_total_T1 = log_total_T1.clamp_min(torch.finfo(log_total_T1.dtype).min)
     if k == 1:
         mass_TK = (logits.gather(1, experts_TK) - torch.logsumexp(logits, dim=1, keepdim=True)).exp()
     else:
@@ -109,15 +114,18 @@ def route(
         chosen_TK = scores_TE.gather(1, experts_TK)
         if potentials is not None:
             chosen_TK = (chosen_TK + potentials[experts_TK]) / entropy
+        if placed_TK is not None:
+            chosen_TK = chosen_TK.masked_fill(~placed_TK, -math.inf)
         mass_TK = (chosen_TK - log_total_T1).exp()
     return RoutePlan(experts_TK, mass_TK, log_mass_TK, used_T, demand_E, placed_TK)
 
 
-def _fits_kernel(scores_TE: Tensor, logits: Tensor, k: int, capacity: int | None) -> bool:
+def _fits_kernel(scores_TE: Tensor, logits: Tensor, potentials: Tensor | None, k: int, capacity: int | None) -> bool:
     """Whether one fused read of the scores gives the whole plan."""
     # For one choice the weight is the logits' softmax: the kernel would read the softmax's.
     one_matrix = k > 1 or scores_TE is logits
-    return usable(scores_TE, scores_TE.shape[1], k) and one_matrix and capacity is None
+    same_dtype = potentials is None or potentials.dtype == scores_TE.dtype
+    return usable(scores_TE, scores_TE.shape[1], k) and one_matrix and same_dtype and capacity is None
 
 
 def _count(experts_TK: Tensor, used_T: Tensor | None, experts: int) -> Tensor:

@@ -176,7 +176,7 @@ _BLOCKS = [
     {"probability": 1.0, "scope": "data_parallel", "solver": {"tolerance": 1e-6, "max_iterations": 200}},
     {"probability": 1.0, "scope": "expert_parallel", "cost": "softmax", "entropy": 0.3},
     {"probability": 1.0, "scope": "data_parallel", "gradient": "implicit"},
-    {"probability": 1.0, "scope": "data_parallel", "entropy": 0.3, "solver": {"name": "newton", "tolerance": 1e-5}},
+    {"probability": 1.0, "scope": "data_parallel", "solver": {"name": "newton", "tolerance": 1e-6}},
 ]
 _CASES = [(block, k, 0) for block in _BLOCKS for k in (1, 2, 3)] + [(_BLOCKS[1], 2, 1), (_BLOCKS[1], 2, 2)]
 

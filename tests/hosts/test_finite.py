@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
 
 import ssr_deepspeed
 import ssr_deepspeed.hosts.finite
@@ -42,32 +43,69 @@ def test_every_rank_stops_before_the_step_and_names_layer_and_rank(bad, tmp_path
     assert unchanged
 
 
-def _one_step_later():
-    """As on an accelerator: the host looks at a step's flags when the next step comes."""
+def _train_step(engine, bad=False):
+    tokens = torch.randn(1, 8, WIDTH)
+    tokens[0, 3, 0] = math.nan if bad else 0.0
+    engine.backward(engine(tokens).nan_to_num().square().mean())
+    engine.step()
+
+
+def _one_step_later(folder):
+    """As on an accelerator: the host looks at a step's flags when the next step comes, or a checkpoint is saved."""
     ssr_deepspeed.install()
     engine = build_engine(ToyModel(), {})
-    watch = engine.ssr._finite
-    watch._reads_at_once = False
+    engine.ssr._finite._reads_at_once = False
     ssr_deepspeed.hosts.finite._to_host = lambda flags: (flags, None)
-    gate = engine.module.layers[1].deepspeed_moe.gate
-    watch.before_step(0)
-    gate.ssr.nonfinite = torch.tensor(True)
-    watch.before_step(1)
-    with pytest.raises(RuntimeError, match=r"layers.1.*on rank 0 .*optimizer step 1"):
-        watch.before_step(2)
+    _train_step(engine)
+    engine.save_checkpoint(folder)
+    _train_step(engine, bad=True)
+    with pytest.raises(RuntimeError, match=r"layers.0.*on rank 0 .*optimizer step 1"):
+        _train_step(engine)
+    # Raised once; and a run that goes on from its checkpoint is rid of it.
+    engine.load_checkpoint(folder)
+    _train_step(engine)
+    _train_step(engine, bad=True)
+    with pytest.raises(RuntimeError, match="optimizer step 2"):
+        engine.save_checkpoint(folder)
+    _train_step(engine, bad=True)
+    engine.load_checkpoint(folder)
+    _train_step(engine)
+    engine.save_checkpoint(folder)
 
 
 def test_on_an_accelerator_the_flags_are_read_one_step_later(tmp_path):
-    run_ranks(1, _one_step_later, folder=tmp_path)
+    run_ranks(1, _one_step_later, str(tmp_path / "checkpoint"), folder=tmp_path)
 
 
-def _under_fp16():
+def _not_asked(config):
+    """fp16 by autocast: a real loss scaler skips the step that overflows."""
+    ssr_deepspeed.install()
+    engine = build_engine(ToyModel(), {}, **config)
+    before = [weight.clone() for weight in engine.module.parameters()]
+    engine(torch.full((1, 8, WIDTH), math.inf))
+    assert all(gate.ssr.nonfinite is None for gate in engine.ssr.gates.values())
+    engine.ssr.before_step(engine)
+    return all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
+
+
+@pytest.mark.skipif(
+    not hasattr(DeepSpeedEngine, "torch_autocast_enabled"), reason="this DeepSpeed has no torch_autocast"
+)
+def test_under_fp16_the_loss_scaler_deals_with_overflow(tmp_path):
+    """The CPU engine refuses plain fp16, whose test is the same."""
+    config = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
+    assert run_ranks(1, _not_asked, config, folder=tmp_path) == [True]
+
+
+def _uninstalled_and_installed_again():
     ssr_deepspeed.install()
     engine = build_engine(ToyModel(), {})
-    engine.fp16_enabled = lambda: True
-    return ssr_deepspeed.hosts.engine.EngineRuntime(engine, engine.ssr.config, {}, {"a": 4}, None)._finite
+    _train_step(engine)
+    ssr_deepspeed.uninstall()
+    _train_step(engine)
+    ssr_deepspeed.install()
+    _train_step(engine)
 
 
-def test_under_fp16_the_loss_scaler_deals_with_overflow(tmp_path):
-    """The CPU engine refuses fp16 itself: only the decision is tested here."""
-    assert run_ranks(1, _under_fp16, folder=tmp_path) == [None]
+def test_an_engine_that_was_released_goes_on_without(tmp_path):
+    run_ranks(1, _uninstalled_and_installed_again, folder=tmp_path)

@@ -100,7 +100,10 @@ def test_a_route_that_meets_only_experts_of_its_own_token_is_placed_by_a_swap():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("tokens", "experts", "k"),
-    [(2048, 8, 1), (2048, 8, 2), (2048, 64, 1), (2048, 64, 2), (2048, 64, 8), (2048, 256, 8), (2048, 16, 8)],
+    [
+        *((2048, 8, 1), (2048, 8, 2), (2048, 64, 1), (2048, 64, 2), (2048, 64, 8), (2048, 256, 8), (2048, 16, 8)),
+        *((1024, 17, 8), (1024, 32, 14), (1024, 64, 12)),
+    ],
 )
 @pytest.mark.parametrize("padded", [False, True])
 def test_many_tokens_lose_nothing_at_the_tightest_capacity(kind, tokens, experts, k, padded):
