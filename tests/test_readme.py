@@ -23,7 +23,7 @@ def test_the_example_has_twelve_lines_and_runs(tmp_path):
     assert len([line for line in EXAMPLE.splitlines() if line]) == 12
     (report,) = run_ranks(1, _run_example, EXAMPLE, folder=tmp_path)
     assert report["step"] == 10
-    assert sum(report["layers"]["deepspeed_moe.gate"]["load"]) == pytest.approx(1)
+    assert sum(report["layers"]["deepspeed_moe.gate"]["load"]) == pytest.approx(1, abs=1e-5)
 
 
 def test_the_block_table_has_every_key_with_its_default():

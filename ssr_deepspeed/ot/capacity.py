@@ -27,8 +27,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssr_deepspeed.ot.newton import Terms, cooling_start, drop_denormal_products, minimise, reduce_terms, solve_directly
-from ssr_deepspeed.ot.problem import Rows, Solution, Sum, positive, prepare, readable
+from ssr_deepspeed.ot.newton import (
+    Terms,
+    cooling_start,
+    drop_denormal_products,
+    linear_term,
+    minimise,
+    reduce_terms,
+    solve_directly,
+)
+from ssr_deepspeed.ot.problem import Rows, Solution, Sum, positive, prepare, readable, start_at
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ def solve_capacity(
     """Find potentials under which every expert is asked for `k T / E` routes, up to the entropy.
 
     Counts are even only as the entropy goes to zero; from a cold start it is annealed down to
-    `entropy`, so a small one costs a few more iterations and no more.
+    `entropy`. The error is that of the columns; rows sum to k as far as their scores have digits.
 
     Args:
         scores: compatibility `C [T, E]`, any float dtype; computed in fp32, fp64 stays.
@@ -67,47 +75,50 @@ def solve_capacity(
     Source: two-marginal transport with unit capacities, as in Korman and McCann, Optimal
     transportation with capacity constraints (2015); the dual above is derived here and tested.
     """
-    rows = prepare(scores, entropy, mask, reduce)
-    experts = scores.shape[1]
+    experts = scores.shape[-1]
     if not 1 <= k <= experts:
         raise ValueError(f"k = {k} experts a token out of {experts}; allowed: 1 to {experts}")
     with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
+        # Whom a token leaves out is the same problem with all signs changed; the sweeps do better on few.
+        sign = -1 if 2 * k > experts else 1
+        chosen = experts - k if sign < 0 else k
+        rows = prepare(sign * scores, entropy, mask, reduce)
+        start_E = start_at(initial, rows)
         if k == experts:
-            zero_E = rows.scores_TE.new_zeros(experts)
-            none = zero_E.sum().double()
+            none = torch.zeros_like(rows.target)
             shifts_T = torch.full_like(rows.weight_T, -math.inf)
-            return CapacitySolution(zero_E, none, none.long(), tolerance, shifts_T)
-        start = cooling_start(rows, entropy)
+            return CapacitySolution(
+                torch.zeros_like(rows.scores_TE[0:0].sum(0)), none, none.long(), tolerance, shifts_T
+            )
         solved = minimise(
-            lambda potential_E, temperature: _evaluate(rows, k, potential_E, temperature),
+            lambda potential_E, temperature: _evaluate(rows, chosen, potential_E, temperature),
             solve_directly,
-            k * rows.target,
-            rows.scores_TE,
+            chosen * rows.target,
+            sign * start_E,
             entropy,
-            start,
+            cooling_start(rows, entropy),
             tolerance,
             max_iterations,
-            None if initial is None else initial.detach(),
+            rows,
         )
-        scaled_TE = (rows.scores_TE + solved.potentials) / entropy
-        shifts_T = row_shifts(scaled_TE, k) * entropy
-    return CapacitySolution(solved.potentials, solved.error, solved.iterations, tolerance, shifts_T)
+        shifts_T = row_shifts(rows.scaled(solved.potentials, entropy), chosen) * entropy + rows.highest_T
+    return CapacitySolution(sign * solved.potentials, solved.error, solved.iterations, tolerance, sign * shifts_T)
 
 
 def _evaluate(rows: Rows, k: int, potential_E: Tensor, temperature: Tensor) -> Terms:
-    scaled_TE = (rows.scores_TE + potential_E.to(rows.scores_TE)).div_(temperature.to(rows.scores_TE))
+    scaled_TE = rows.scaled(potential_E.to(rows.scores_TE), temperature.to(rows.scores_TE))
     shift_T = row_shifts(scaled_TE, k)
     logit_TE = scaled_TE - shift_T.unsqueeze(1)
     plan_TE = torch.sigmoid(logit_TE)
     slack_TE = drop_denormal_products(torch.sigmoid(-logit_TE) * plan_TE * rows.weight_T.unsqueeze(1))
     value_T = torch.nn.functional.softplus(logit_TE).sum(1) + k * shift_T
-    value = (value_T * rows.weight_T).sum(dtype=torch.float64)
+    value = linear_term(rows, k * rows.target, potential_E / temperature)
+    value = value + (value_T * rows.weight_T).sum(dtype=torch.float64)
     column_E = (plan_TE * rows.weight_T.unsqueeze(1)).sum(0, dtype=torch.float64)
     wide_TE = slack_TE.double()
     overlap_EE = wide_TE.T @ (wide_TE / wide_TE.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny))
     hessian_EE = torch.diag(wide_TE.sum(0)) - overlap_EE
     value, column_E, hessian_EE = reduce_terms(rows, value, column_E, hessian_EE)
-    value = value - k * rows.target * (potential_E.double() / temperature).sum()
     return Terms(value, positive(column_E + k * rows.blank), hessian_EE)
 
 

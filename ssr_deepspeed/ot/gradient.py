@@ -1,7 +1,9 @@
 """Gradient of the expert potentials with respect to the scores.
 
-At the solution the column sums are constant, `c(g, C) = s`. Differentiating gives, for a gradient
-`w = dl/dg` (ALGORITHMS: implicit function theorem on the semi-dual),
+At the solution the column sums are constant, `c(g, C) = s`. By the implicit function theorem (as
+in Eisenberger et al., A Unified Framework for Implicit Sinkhorn Differentiation, CVPR 2022, there
+for both marginals' potentials; here with the rows eliminated, tested by finite differences), for a
+gradient `w = dl/dg`,
 
     (diag(c) - P^T P) z = w,      dl/dC_i = -P_i * (z - <P_i, z>)
 
@@ -27,7 +29,8 @@ def implicit_potentials(
     """Give solved potentials their gradient: same values, differentiable in the scores.
 
     The backward pass recomputes the plan from the scores (nothing of size T x E is stored beside
-    them) and solves one E x E system in fp64. Over several ranks it calls `reduce` once.
+    them) and solves one E x E system in fp64. Over several ranks it calls `reduce` once. There are no
+    second derivatives: asking for them raises.
 
     Args:
         scores: `C [T, E]`, the scores the potentials were solved for, with their graph.
@@ -54,8 +57,9 @@ def unrolled_potentials(scores: Tensor, entropy: float, sweeps: int, mask: Tenso
     Returns:
         `g [E]`, mean zero, in units of the scores.
     """
-    tokens, experts = scores.shape
-    weight_T = scores.new_ones(tokens) if mask is None else (mask.reshape(-1) != 0).to(scores)
+    experts = scores.shape[1]
+    weight_T = prepare(scores, entropy, mask, reduce=None).weight_T
+    scores = torch.where(weight_T.unsqueeze(1) > 0, scores, 0.0)
     potential_E = scores.new_zeros(experts)
     for _ in range(sweeps):
         log_plan_TE = torch.log_softmax(scores / entropy + potential_E, dim=1) + weight_T.log().unsqueeze(1)
@@ -75,20 +79,26 @@ class _ImplicitPotentials(torch.autograd.Function):
         return potentials.detach().clone()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         scores, potentials, mask = ctx.saved_tensors
-        experts = scores.shape[1]
-        rows = prepare(scores, ctx.entropy, mask, reduce=None)
-        plan_TE = torch.softmax((rows.scores_TE + potentials) / ctx.entropy, dim=1) * rows.weight_T.unsqueeze(1)
-        wide_TE = plan_TE.double()
-        packed = torch.cat([gradients[0].double().unsqueeze(0), wide_TE.sum(0, keepdim=True), wide_TE.T @ wide_TE])
-        if ctx.reduce is not None:
-            packed = ctx.reduce(packed)
-        gradient_E, column_E, overlap_EE = packed[0], packed[1], packed[2:]
-        # The constant lifts the null space and leaves the solution on its complement as it is;
-        # the ridge is for experts that no token can reach.
-        lifted_EE = torch.diag(column_E + 1e-12 * column_E.mean()) - overlap_EE + column_E.sum() / experts**2
-        z_E = torch.linalg.solve_ex(lifted_EE, gradient_E - gradient_E.mean()).result
-        z_E = torch.where(column_E.sum() > 0, z_E - z_E.mean(), 0.0).to(plan_TE.dtype)
-        gradient_TE = -plan_TE * (z_E - (plan_TE @ z_E).unsqueeze(1))
-        return gradient_TE.to(scores.dtype), None, None, None, None
+        with torch.autocast(scores.device.type, enabled=False):
+            return _pull_back(ctx, scores, potentials, mask, gradients[0]), None, None, None, None
+
+
+def _pull_back(ctx: Any, scores: Tensor, potentials: Tensor, mask: Tensor | None, slope_E: Tensor) -> Tensor:
+    experts = scores.shape[1]
+    rows = prepare(scores, ctx.entropy, mask, reduce=None)
+    plan_TE = torch.softmax(rows.scaled(potentials, ctx.entropy), dim=1) * rows.weight_T.unsqueeze(1)
+    wide_TE = plan_TE.double()
+    packed = torch.cat([slope_E.double().unsqueeze(0), wide_TE.sum(0, keepdim=True), wide_TE.T @ wide_TE])
+    if ctx.reduce is not None:
+        packed = ctx.reduce(packed)
+    gradient_E, column_E, overlap_EE = packed[0], packed[1], packed[2:]
+    # The constant lifts the null space and leaves the solution on its complement as it is;
+    # the ridge is for experts that no token can reach.
+    lifted_EE = torch.diag(column_E + 1e-12 * column_E.mean()) - overlap_EE + column_E.sum() / experts**2
+    z_E = torch.linalg.solve_ex(lifted_EE, gradient_E - gradient_E.mean()).result
+    z_E = torch.where(column_E.sum() > 0, z_E - z_E.mean(), 0.0).to(plan_TE.dtype)
+    gradient_TE = -plan_TE * (z_E - (plan_TE @ z_E).unsqueeze(1))
+    return gradient_TE.to(scores.dtype)

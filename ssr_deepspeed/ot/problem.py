@@ -11,6 +11,7 @@ Shapes: T tokens, E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,10 @@ from torch import Tensor
 
 Sum = Callable[[Tensor], Tensor]
 """Sum of a tensor over the ranks that share one problem; called equally often on each of them."""
+
+
+# In units of the entropy. Far beyond what any exponential resolves, and sums of them stay finite.
+_FARTHEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,14 @@ class Rows:
     """`s` if no token takes part, else 0: what columns then are, so that there is nothing to solve."""
     reduce: Sum | None
 
+    def scaled(self, potential_E: Tensor, entropy: float | Tensor) -> Tensor:
+        """`(C + g) / xi [T, E]` up to a constant for each row, which no plan knows: near 0 at the largest score.
+
+        Without the constant nothing is lost to a row's offset, and nothing becomes infinite.
+        """
+        scaled_TE = (self.scores_TE - self.highest_T.unsqueeze(1)).add_(potential_E)
+        return scaled_TE.div_(entropy).clamp_(-_FARTHEST, _FARTHEST)
+
     def total(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in fp64; one collective."""
         return tensor.double() if self.reduce is None else self.reduce(tensor.double())
@@ -94,8 +107,8 @@ def prepare(scores: Tensor, entropy: float, mask: Tensor | None, reduce: Sum | N
     """
     if scores.dim() != 2 or not scores.shape[1]:
         raise ValueError(f"scores must be [tokens, experts], got shape {tuple(scores.shape)}")
-    if not entropy > 0:
-        raise ValueError(f"entropy = {entropy!r}; allowed: above 0")
+    if not 0 < entropy < math.inf:
+        raise ValueError(f"entropy = {entropy!r}; allowed: above 0 and finite")
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
     # Two reductions see every NaN and infinity of a row, with nothing of the size T x E written.
     highest_T, lowest_T = scores.amax(dim=1), scores.amin(dim=1)
@@ -116,6 +129,21 @@ def prepare(scores: Tensor, entropy: float, mask: Tensor | None, reduce: Sum | N
     some = count.clamp_min(1.0)
     target = some / scores.shape[1]
     return Rows(scores, highest_T, spread, weight_T, some, target, target * (count < 1), reduce)
+
+
+def start_at(initial: Tensor | None, rows: Rows) -> Tensor:
+    """Potentials to start from, fp64, mean zero: an offset would cost the scores their digits.
+
+    Raises:
+        ValueError: not one potential an expert.
+    """
+    experts = rows.scores_TE.shape[1]
+    if initial is None:
+        return torch.zeros(experts, dtype=torch.float64, device=rows.scores_TE.device)
+    if initial.shape != (experts,):
+        raise ValueError(f"initial must have shape ({experts},), got {tuple(initial.shape)}")
+    initial_E = initial.detach().double()
+    return initial_E - initial_E.mean()
 
 
 def positive(column_E: Tensor) -> Tensor:

@@ -23,15 +23,16 @@ Columns = Callable[[Tensor], Tensor]
 """Column sums `c [E]`, fp64, over all ranks, of the plan at `h = g / xi`; never zero."""
 
 
-def sinkhorn(rows: Rows, entropy: float, tolerance: float, max_iterations: int, initial: Tensor | None) -> Solution:
+def sinkhorn(rows: Rows, entropy: float, tolerance: float, max_iterations: int, initial_E: Tensor) -> Solution:
     """Sweep until the relative column error is within the tolerance.
 
     On an accelerator the host does not look: all `max_iterations` sweeps are run and those after
     the stop change nothing, so the result is the same. The test is on sums over all ranks, so
-    ranks that share a problem stop together. One call of `rows.reduce` an evaluation.
+    ranks ranks that share a problem stop together. One call of `rows.reduce` an evaluation. Sums over tokens
+    are in the scores' precision: in fp32 the error is good to about 1e-5 for 100,000 tokens.
     """
     columns = column_sums(rows, entropy)
-    potential_E = rows.scores_TE.new_zeros(rows.scores_TE.shape[1]) if initial is None else initial / entropy
+    potential_E = (initial_E / entropy).to(rows.scores_TE)
     iterations = torch.zeros((), dtype=torch.int64, device=potential_E.device)
     host_reads = readable(potential_E)
     for _ in range(max_iterations):
@@ -43,8 +44,8 @@ def sinkhorn(rows: Rows, entropy: float, tolerance: float, max_iterations: int, 
         iterations = iterations + active
     else:  # the last error was that of the potentials before the last move
         _, error = _sweep(rows, columns, potential_E)
-    potential_E = (potential_E - potential_E.mean()) * entropy
-    return Solution(potential_E, error, iterations, tolerance)
+    wide_E = potential_E.double() * entropy
+    return Solution((wide_E - wide_E.mean()).to(potential_E), error, iterations, tolerance)
 
 
 def _sweep(rows: Rows, columns: Columns, potential_E: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +77,8 @@ def column_sums(rows: Rows, entropy: float) -> Columns:
             if highest - lowest < limit:
                 scale_E = (potential_E - highest).exp_()
                 return ((rows.weight_T / (kernel_TE @ scale_E)) @ kernel_TE).mul_(scale_E)
-        scaled_TE = rows.scores_TE / entropy if scaled_TE is None else scaled_TE
+        if scaled_TE is None:
+            scaled_TE = rows.scaled(torch.zeros_like(potential_E), entropy)
         if usable(scaled_TE, scaled_TE.shape[1]):
             return fused_columns(scaled_TE, potential_E, rows.weight_T)
         if host_reads:

@@ -128,7 +128,8 @@ def sinkhorn_newton_sparse(
         column_marginal: `c [M]`, all above 0, of the same sum; rescaled to it within rounding.
         density: share of the plan's entries kept in the Hessian, in (0, 1]. Default
             `2 / min(N, M)` (as published for N = M; a vertex has up to N + M - 1 entries). With more
-            of them the second stage takes fewer iterations.
+            of them the second stage takes fewer iterations, and where marginals are very unequal the
+            default may not be enough: rows of little mass then keep no entry.
         sinkhorn_steps: cap on the sweeps of the first stage; 20 as published, more (700) where
             the least cost has many plans, as with an L1 cost on a grid.
         newton_steps: cap on the iterations of the second stage; 0 is Sinkhorn's algorithm.
@@ -195,8 +196,8 @@ def _prepare(
         raise ValueError(f"density = {density!r}; allowed: above 0, at most 1")
     cost = cost.detach().to(torch.promote_types(cost.dtype, torch.float32))
     row_N, column_M = row_N.detach().to(cost), column_M.detach().to(cost)
-    if readable(cost) and not bool(torch.isfinite(cost).all()):
-        raise ValueError("cost has entries that are not finite")
+    if readable(cost) and not bool(torch.isfinite(eta * cost).all()):
+        raise ValueError(f"cost, or cost times eta = {eta!r}, has entries that are not finite")
     row_sum, column_sum = row_N.double().sum(), column_M.double().sum()
     if readable(row_N) and readable(column_M):
         _check_marginals(row_N, column_M, float(row_sum), float(column_sum))

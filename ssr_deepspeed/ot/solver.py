@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssr_deepspeed.ot.newton import newton
-from ssr_deepspeed.ot.problem import Rows, Solution, Sum, prepare, readable
+from ssr_deepspeed.ot.problem import Rows, Solution, Sum, prepare, readable, start_at
 from ssr_deepspeed.ot.sinkhorn import has_cheap_sweeps, sinkhorn
 
 # A cheap sweep costs 1/20 to 1/50 of a Newton step, and where sweeps are cheap few are needed.
@@ -23,17 +23,15 @@ _SNS_SWEEPS = 20
 _MOST_EXPERTS = 1024
 
 
-def _adaptive(rows: Rows, entropy: float, tolerance: float, max_iterations: int, initial: Tensor | None) -> Solution:
-    if not readable(rows.spread):
-        # Nobody looks at the error, both stages would run in full: only where sweeps alone would not do.
-        sweeps = max_iterations if entropy >= 0.5 else _SWEEPS_FIRST
-    else:
+def _adaptive(rows: Rows, entropy: float, tolerance: float, max_iterations: int, initial_E: Tensor) -> Solution:
+    sweeps = _SWEEPS_FIRST
+    if readable(rows.spread):
         # One answer for all ranks, or their collectives would not match.
         dear = rows.total(torch.tensor(not has_cheap_sweeps(rows, entropy)))
-        sweeps = 0 if dear else _SWEEPS_FIRST
+        sweeps = 0 if dear else sweeps
     if rows.scores_TE.shape[1] > _MOST_EXPERTS:
         sweeps = max_iterations
-    return _two_stages(rows, entropy, tolerance, max_iterations, initial, sweeps=sweeps, sparse=False)
+    return _two_stages(rows, entropy, tolerance, max_iterations, initial_E, sweeps=sweeps, sparse=False)
 
 
 def _two_stages(
@@ -41,22 +39,22 @@ def _two_stages(
     entropy: float,
     tolerance: float,
     max_iterations: int,
-    initial: Tensor | None,
+    initial_E: Tensor,
     *,
     sweeps: int,
     sparse: bool,
 ) -> Solution:
     """Sinkhorn sweeps, and Newton from where they stand if they were not enough."""
     if not sweeps:
-        return newton(rows, entropy, tolerance, max_iterations, initial, sparse)
-    swept = sinkhorn(rows, entropy, tolerance, min(sweeps, max_iterations), initial)
+        return newton(rows, entropy, tolerance, max_iterations, initial_E, sparse)
+    swept = sinkhorn(rows, entropy, tolerance, min(sweeps, max_iterations), initial_E)
     if max_iterations <= sweeps or (readable(swept.converged) and swept.converged):
         return swept
-    stepped = newton(rows, entropy, tolerance, max_iterations - sweeps, swept.potentials, sparse)
+    stepped = newton(rows, entropy, tolerance, max_iterations - sweeps, swept.potentials.double(), sparse)
     return Solution(stepped.potentials, stepped.error, swept.iterations + stepped.iterations, tolerance)
 
 
-_METHODS: dict[str, Callable[[Rows, float, float, int, Tensor | None], Solution]] = {
+_METHODS: dict[str, Callable[[Rows, float, float, int, Tensor], Solution]] = {
     "sinkhorn": sinkhorn,
     "newton": newton,
     "sns": functools.partial(_two_stages, sweeps=_SNS_SWEEPS, sparse=True),
@@ -78,26 +76,30 @@ def solve(
     """Find the expert potentials of the transport problem, without a host synchronisation.
 
     Stops at the tolerance. On an accelerator the host does not look: all iterations are run and
-    those after the stop change nothing, so the result is the same. The test is on sums over all
-    ranks, so ranks that share a problem stop together.
+    those after the stop change nothing, so the result is the same (but for `"adaptive"`, whose first
+    stage is of fixed length there). The test is on sums over all ranks, so ranks that share a
+    problem stop together.
 
     Args:
         scores: compatibility `C [T, E]`, any float dtype; computed in fp32, fp64 stays. T may be 0.
         entropy: `xi > 0`, in units of the scores.
         method: `"sinkhorn"`, `O(T E)` a sweep, best where the entropy is not far below the spread of
-            the scores; `"newton"`, `O(T E^2)` a step and a handful of them at any entropy; `"sns"`,
-            20 sweeps, then Newton with a sparsified Hessian and conjugate gradients; `"adaptive"`, 16
-            sweeps and then Newton if they were not enough, by rules measured with `benchmarks/solvers.py`.
+            the scores; `"newton"`, `O(T E^2)` a step, 2 to 25 of them down to an entropy of 1/100 of the
+            spread; `"sns"`, 20 sweeps, then Newton with a sparsified Hessian and conjugate gradients,
+            which may take hundreds of steps where plans are dense; `"adaptive"`, 16 sweeps where they
+            are cheap, then Newton if they were not enough, by rules measured with `benchmarks/solvers.py`.
         tolerance: relative column error to stop at.
         max_iterations: cap on sweeps, or evaluations of Newton's method; 0 evaluates the initial
             potentials.
         mask: `[T]` or any shape with T entries, any dtype; zero leaves a token out.
         initial: potentials `[E]` to start from, default zero.
-        reduce: sum over the ranks that share the problem (rows local, columns global): E numbers a
-            sweep, `1 + E + E (E + 1) / 2` a Newton step, one call each, and one or two for the size.
+        reduce: sum over the ranks that share the problem (rows local, columns global): E numbers an
+            evaluation of Sinkhorn, `1 + E + E (E + 1) / 2` one of Newton, one call each, and up to three
+            calls with one number at the start.
 
     Raises:
-        ValueError: unknown method, scores not two-dimensional, entropy not positive, mask of another length.
+        ValueError: unknown method, scores not two-dimensional, entropy not positive and finite, mask or
+            initial potentials of another length.
 
     Source: arXiv 2511.08972; block updates in potentials form as in Peyre and Cuturi, Computational
     Optimal Transport, section 4.4; sparsification from arXiv 2401.12253.
@@ -106,9 +108,7 @@ def solve(
         raise ValueError(f"method = {method!r}; allowed: {list(_METHODS)}")
     with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
         rows = prepare(scores, entropy, mask, reduce)
-        if initial is not None:
-            initial = initial.detach().to(rows.scores_TE)
-        return _METHODS[method](rows, entropy, tolerance, max_iterations, initial)
+        return _METHODS[method](rows, entropy, tolerance, max_iterations, start_at(initial, rows))
 
 
 def plan(scores: Tensor, potentials: Tensor, entropy: float) -> Tensor:

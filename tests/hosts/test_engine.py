@@ -193,8 +193,12 @@ def test_two_expert_parallel_ranks_compute_what_one_process_does(tmp_path):
     (whole,) = run_ranks(1, _all_cases, 1, folder=tmp_path)
     first, second = run_ranks(2, _all_cases, 2, folder=tmp_path)
     for case, one, a, b in zip(_CASES, whole, first, second, strict=True):
-        torch.testing.assert_close(torch.tensor(one[0]), torch.tensor((a[0] + b[0]) / 2), msg=lambda m, c=case: f"{c}: {m}")
-        torch.testing.assert_close(one[1], torch.cat([a[1], b[1]]), rtol=1e-4, atol=1e-5, msg=lambda m, c=case: f"{c}: {m}")
+        torch.testing.assert_close(
+            torch.tensor(one[0]), torch.tensor((a[0] + b[0]) / 2), msg=lambda m, c=case: f"{c}: {m}"
+        )
+        torch.testing.assert_close(
+            one[1], torch.cat([a[1], b[1]]), rtol=1e-4, atol=1e-5, msg=lambda m, c=case: f"{c}: {m}"
+        )
         assert set(one[2]) == set(a[2]) | set(b[2])
         for name, gradient in one[2].items():
             for rank in (a, b):

@@ -97,7 +97,24 @@ def test_extreme_scores_stay_finite_and_the_result_is_truthful(scale):
     solution = solve_capacity(scores, 1.0, 2)
     assert torch.isfinite(solution.potentials).all()
     assert torch.isfinite(solution.shifts).all()
-    assert bool(solution.result) == (float(solution.error) > solution.tolerance)
+    columns = dense(scores.double(), solution, 1.0).sum(0)
+    assert bool(solution.result) == (float((columns / 16 - 1).abs().max()) > 1e-3)
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e6])
+def test_a_constant_for_a_token_costs_no_digits(offset):
+    scores = (64 * problem("random")).round() / 64
+    shifted = (scores + offset).float()
+    solution = solve_capacity(shifted, 0.25, 2, tolerance=1e-4).check()
+    expected = solve_capacity(shifted.double() - offset, 0.25, 2, tolerance=1e-6).check()
+    torch.testing.assert_close(solution.potentials.double(), expected.potentials, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["random", "collapsed", "clustered"])
+def test_nearly_all_experts_are_as_easy_as_few(kind):
+    for entropy in (0.1, 0.01):
+        few, many = (solve_capacity(problem(kind), entropy, k).check() for k in (1, 7))
+        assert int(many.iterations) <= 2 * int(few.iterations) + 10
 
 
 def test_padding_and_bad_tokens_take_no_part():

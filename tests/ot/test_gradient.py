@@ -130,3 +130,30 @@ def test_three_ranks_with_unequal_and_no_tokens_give_one_processs_gradient(tmp_p
     shares = run_ranks(3, _gradient_of_my_share, [0, 21, 21, 30], folder=tmp_path)
     together = torch.tensor([row for theirs in shares for row in theirs], dtype=torch.float64)
     torch.testing.assert_close(together, scores.grad, rtol=0, atol=1e-9)
+
+
+def test_autocast_around_the_backward_pass_changes_nothing():
+    scores = torch.randn(64, 8, requires_grad=True)
+    weight = torch.randn(8)
+    potentials = solve(scores, 1.0).potentials
+    (expected,) = torch.autograd.grad((implicit_potentials(scores, potentials, 1.0) * weight).sum(), scores)
+    loss = (implicit_potentials(scores, potentials, 1.0) * weight).sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (got,) = torch.autograd.grad(loss, scores)
+    assert torch.equal(got, expected)
+
+
+def test_second_derivatives_are_refused():
+    scores = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(potentials_of(scores, 1.0).square().sum(), scores, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+def test_an_expert_out_of_every_tokens_reach_leaves_the_gradient_finite():
+    scores = torch.randn(20, 4, dtype=torch.float64)
+    scores[:, 2] -= 1e4
+    scores.requires_grad_()
+    implicit_potentials(scores, torch.zeros(4, dtype=torch.float64), 1.0).square().sum().backward()
+    implicit_potentials(scores, torch.zeros(4, dtype=torch.float64), 1.0)[2].backward()
+    assert torch.isfinite(scores.grad).all()
