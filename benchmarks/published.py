@@ -29,6 +29,7 @@ sweeps that are the solver's first stage.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import statistics
@@ -221,33 +222,14 @@ def problems(quick: bool, images: Path | None) -> Iterator[Problem]:
         (2, 3),
         {"SNS": "29 (20 + 9), 0.34 s", "Sinkhorn": "56,199, 233.36 s"},
     )
-    yield Problem(
-        "MNIST, L2 cost",
-        lambda seed: image_pair(pixels, 2, 0.0, seed),
-        1200.0,
-        20,
-        pixels[0].numel(),
-        (2, 3),
-        {"SNS": "53 (20 + 33), 2.33 s", "Sinkhorn": "2,041, 18.84 s"},
-    )
-    yield Problem(
-        "MNIST, L1 cost",
-        lambda seed: image_pair(pixels, 1, 0.0, seed),
-        1200.0,
-        700,
-        pixels[0].numel(),
-        (15, 29),
-        {"SNS": "777 (700 + 77), 12.22 s", "Sinkhorn": "5,748, 45.75 s"},
-    )
-    yield Problem(
-        "MNIST, L2 cost, with background",
-        lambda seed: image_pair(pixels, 2, BACKGROUND, seed),
-        1200.0,
-        20,
-        pixels[0].numel(),
-        (2,),
-        {},
-    )
+    pairs = [
+        ("MNIST, L2 cost", 2, 0.0, 20, (2, 3), {"SNS": "53 (20 + 33), 2.33 s", "Sinkhorn": "2,041, 18.84 s"}),
+        ("MNIST, L1 cost", 1, 0.0, 700, (15, 29), {"SNS": "777 (700 + 77), 12.22 s", "Sinkhorn": "5,748, 45.75 s"}),
+        ("MNIST, L2 cost, with background", 2, BACKGROUND, 20, (2,), {}),
+    ]
+    for title, power, background, sweeps, kept, published in pairs:
+        build = functools.partial(image_pair, pixels, power, background)
+        yield Problem(title, build, 1200.0, sweeps, pixels[0].numel(), kept, published)
 
 
 def measure(problem: Problem, seeds: int, tolerance: float) -> Iterator[tuple[str, list[Run]]]:

@@ -36,11 +36,11 @@ from ssr_deepspeed.routing import (
     RoutePlan,
     Slots,
     compatibility,
-    dispatched,
     expert_capacity,
     fill_slots,
     is_transport_step,
     route,
+    routes_of_each,
     surviving_weights,
     transport_potentials,
 )
@@ -61,8 +61,8 @@ class GateState:
     solution: Solution | None = None
     """Of the last training pass; None if that was a softmax step."""
     nonfinite: Tensor | None = None
-    """Whether a training pass since the last check met a NaN or an infinity in the logits, 0-dim bool. None:
-    nobody asks."""
+    """Whether a training pass since the last check met a NaN or an infinity in the logits, 0-dim bool that
+    passes change in place. None: nobody asks."""
     dispatched_E: Tensor | None = None
     """int64 `[E]`, routes of the last pass that got a slot, where routes are moved; else None."""
     data_parallel_group: Any = field(default=None, repr=False)
@@ -193,7 +193,9 @@ class SSRGate(TopKGate):
             self._watch(logits_TE, self.ssr.nonfinite)
         plan = self._plan(logits_TE, used_token)
         capacity, slots = self._fill(plan, logits_TE)
-        self.ssr.dispatched_E = None if plan.placed_TK is None else dispatched(plan, slots)
+        self.ssr.dispatched_E = None
+        if plan.placed_TK is not None:
+            self.ssr.dispatched_E = routes_of_each(plan.experts_TK, slots.kept_TK, plan.demand_E.shape[0])
         weights_TK = surviving_weights(plan, slots.kept_TK)
         l_aux = logits_TE[:0].sum()
         if sparse_routes:
@@ -225,11 +227,11 @@ class SSRGate(TopKGate):
             capacity=capacity,
         )
 
-    def _watch(self, logits_TE: Tensor, before: Tensor) -> None:
+    def _watch(self, logits_TE: Tensor, flag: Tensor) -> None:
         """Remember a NaN or an infinity on the device, for whoever drives the steps to ask about."""
         if logits_TE.numel():
             lowest, highest = torch.aminmax(logits_TE.detach())
-            self.ssr.nonfinite = before | ~(torch.isfinite(lowest) & torch.isfinite(highest))
+            flag |= ~(torch.isfinite(lowest) & torch.isfinite(highest))
 
     def _capacity(self, logits_TE: Tensor) -> int:
         """Slots of each expert where tokens are dropped."""

@@ -30,17 +30,19 @@ class FiniteWatch:
     """
 
     def __init__(self, gates: dict[int, SSRGate], layers: list[str], device: torch.device) -> None:
-        self._gates, self._layers, self._device = gates, layers, device
+        self._layers = layers
         self._rank = dist.get_rank() if dist.is_initialized() else 0
+        # One buffer, in which every gate has its place: a step asks for all of them at once.
+        self._flag_L = torch.zeros(len(layers), dtype=torch.bool, device=device)
+        for layer, gate in gates.items():
+            gate.ssr.nonfinite = self._flag_L[layer]
         self._reads_at_once = device.type == "cpu"
         self._pending: tuple[int, Tensor, Any] | None = None
-        self.forget()
 
     def forget(self) -> None:
         """Drop what the passes so far have left: the weights are others now."""
         self._pending = None
-        for gate in self._gates.values():
-            gate.ssr.nonfinite = torch.zeros((), dtype=torch.bool, device=self._device)
+        self._flag_L.zero_()
 
     def settle(self) -> None:
         """Read what is still on its way, as `before_step` would at the next step."""
@@ -59,11 +61,8 @@ class FiniteWatch:
                 passes on the CPU, in those of the step before on an accelerator.
         """
         # The rank plus one, so that zero is "all finite".
-        flag_L = torch.zeros(len(self._layers), dtype=torch.int32, device=self._device)
-        for layer, gate in self._gates.items():
-            if gate.ssr.nonfinite is not None:
-                flag_L[layer] = gate.ssr.nonfinite * (self._rank + 1)
-                gate.ssr.nonfinite = torch.zeros_like(gate.ssr.nonfinite)
+        flag_L = self._flag_L.int() * (self._rank + 1)
+        self._flag_L.zero_()
         flag_L = maximum_over(dist.group.WORLD if dist.is_initialized() else None, flag_L)
         if self._reads_at_once:
             self._read(step, flag_L, None)

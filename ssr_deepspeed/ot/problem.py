@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -26,8 +27,35 @@ Sum = Callable[[Tensor], Tensor]
 _FARTHEST = 1e30
 
 
+class Outcome:
+    """What the records of all solvers share: a marginal error, and the one asked for."""
+
+    error: Tensor
+    tolerance: float
+
+    @property
+    def converged(self) -> Tensor:
+        """Whether the error is within the tolerance, a 0-dim bool tensor."""
+        return self.error <= self.tolerance
+
+    @property
+    def result(self) -> str:
+        """Empty when converged, else a sentence with cause and remedy. Reads from the device."""
+        raise NotImplementedError
+
+    def check(self) -> Self:
+        """Return the solution itself.
+
+        Raises:
+            RuntimeError: it did not converge. Reads from the device.
+        """
+        if self.result:
+            raise RuntimeError(self.result)
+        return self
+
+
 @dataclass(frozen=True)
-class Solution:
+class Solution(Outcome):
     """Expert potentials and how good they are. Nothing in it has been read by the host yet."""
 
     potentials: Tensor
@@ -40,13 +68,7 @@ class Solution:
     """The error asked for."""
 
     @property
-    def converged(self) -> Tensor:
-        """Whether the error is within the tolerance, a 0-dim bool tensor."""
-        return self.error <= self.tolerance
-
-    @property
     def result(self) -> str:
-        """Empty when converged, else a sentence with cause and remedy. Reads from the device."""
         if bool(self.converged):
             return ""
         return (
@@ -54,16 +76,6 @@ class Solution:
             f"{int(self.iterations)} iterations, above the tolerance {self.tolerance:.0e}: "
             "raise max_iterations, the tolerance or the entropy"
         )
-
-    def check(self) -> Solution:
-        """Return the solution itself.
-
-        Raises:
-            RuntimeError: it did not converge. Reads from the device.
-        """
-        if self.result:
-            raise RuntimeError(self.result)
-        return self
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssr_deepspeed.ot.problem import readable
+from ssr_deepspeed.ot.problem import Outcome, readable
 
 # Armijo's constant, and the halvings after which a Newton direction counts as failed: further
 # down the step is so short that a Sinkhorn sweep gains more.
@@ -36,7 +36,7 @@ RESIDUAL, RIDGE, PER_UNKNOWN = 1e-3, 0.03, 10
 
 
 @dataclass(frozen=True)
-class SparseNewtonSolution:
+class SparseNewtonSolution(Outcome):
     """Potentials of a transport problem and how good they are. Nothing in it has been read by the host yet."""
 
     row_potentials: Tensor
@@ -64,18 +64,12 @@ class SparseNewtonSolution:
         return self.sinkhorn_iterations + self.newton_iterations
 
     @property
-    def converged(self) -> Tensor:
-        """Whether the error is within the tolerance, a 0-dim bool tensor."""
-        return self.error <= self.tolerance
-
-    @property
     def cost(self) -> Tensor:
         """Transport cost `<P, M>` without the entropy, 0-dim."""
         return (self.plan() * self.cost_matrix).sum()
 
     @property
     def result(self) -> str:
-        """Empty when converged, else a sentence with cause and remedy. Reads from the device."""
         if bool(self.converged):
             return ""
         floor = self.eta * float(self.cost_matrix.abs().max()) * torch.finfo(self.cost_matrix.dtype).eps
@@ -90,16 +84,6 @@ class SparseNewtonSolution:
         """The plan `P [N, M]` of these potentials."""
         potential_NM = self.row_potentials.unsqueeze(1) + self.column_potentials
         return torch.exp(self.eta * (potential_NM - self.cost_matrix) - 1)
-
-    def check(self) -> SparseNewtonSolution:
-        """Return the solution itself.
-
-        Raises:
-            RuntimeError: it did not converge. Reads from the device.
-        """
-        if self.result:
-            raise RuntimeError(self.result)
-        return self
 
 
 def sinkhorn_newton_sparse(

@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         config = load_run(options.config, options.set)
-    except (ValueError, NotImplementedError) as error:
+    except ValueError as error:
         sys.exit(f"ssr-pretrain: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     if "RANK" not in os.environ:
         _be_alone()

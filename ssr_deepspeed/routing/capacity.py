@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ssr_deepspeed.routing.plan import RoutePlan
-from ssr_deepspeed.routing.ranks import rank_in_expert
+from ssr_deepspeed.routing.ranks import asked_routes, rank_in_expert
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,7 @@ def fill_slots(plan: RoutePlan, capacity: int | None) -> Slots:
         capacity: slots of each expert, or None for as many as were asked for.
     """
     tokens, choices = plan.experts_TK.shape
-    asked_TK = torch.ones_like(plan.experts_TK, dtype=torch.bool) if plan.placed_TK is None else plan.placed_TK
-    if plan.used_T is not None:
-        asked_TK = asked_TK & plan.used_T.unsqueeze(1)
+    asked_TK = asked_routes(plan.experts_TK, plan.used_T) if plan.placed_TK is None else plan.placed_TK
     if capacity is not None and capacity >= tokens:
         # An expert is asked for at most one route a token: there is a slot for every token.
         token_T1 = torch.arange(tokens, device=asked_TK.device).unsqueeze(1)
@@ -65,12 +63,6 @@ def fill_slots(plan: RoutePlan, capacity: int | None) -> Slots:
     rank_TK = rank_in_expert(plan.experts_TK, log_mass_TK, asked_TK, plan.demand_E.shape[0])
     kept_TK = asked_TK if capacity is None else asked_TK & (rank_TK < capacity)
     return Slots(kept_TK, rank_TK * kept_TK)
-
-
-def dispatched(plan: RoutePlan, slots: Slots) -> Tensor:
-    """Routes of each expert that got a slot, int64 `[E]`."""
-    none_E = torch.zeros_like(plan.demand_E)
-    return none_E.scatter_add_(0, plan.experts_TK.reshape(-1), slots.kept_TK.reshape(-1).long())
 
 
 def surviving_weights(plan: RoutePlan, kept_TK: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ssr_deepspeed.ot.problem import readable
-from ssr_deepspeed.routing.ranks import rank_in_expert
+from ssr_deepspeed.routing.ranks import asked_routes, rank_in_expert
 
 # Measured on 512 tokens, 32 experts, clustered: without asking the mean score of a route is 1.66
 # below that of the best assignment (k = 1), after 1, 4, 6 and 16 rounds 1.12, 0.39, 0.25 and 0.24.
@@ -75,9 +75,7 @@ def place_overflow(
         used: `[T]`, bool; False marks padding, which is neither kept nor moved.
     """
     tokens, choices = experts.shape
-    asked_TK = torch.ones_like(experts, dtype=torch.bool)
-    if used is not None:
-        asked_TK = asked_TK & used.unsqueeze(1)
+    asked_TK = asked_routes(experts, used)
     if capacity >= tokens:
         return Placement(experts, asked_TK)
     count = scaled.shape[1]

@@ -22,6 +22,7 @@ from torch import Tensor
 from ssr_deepspeed.config import Cost
 from ssr_deepspeed.kernels import fused_route, usable
 from ssr_deepspeed.routing.overflow import place_overflow
+from ssr_deepspeed.routing.ranks import asked_routes, routes_of_each
 
 
 def compatibility(logits: Tensor, cost: Cost) -> Tensor:
@@ -98,7 +99,7 @@ def route(
         top_TK, experts_TK = torch.topk(scaled_TE, k, dim=1)
         log_total_T1 = torch.logsumexp(scaled_TE, dim=1, keepdim=True)
         log_mass_TK = top_TK - log_total_T1
-        demand_E = _count(experts_TK, used_T, experts)
+        demand_E = routes_of_each(experts_TK, asked_routes(experts_TK, used_T), experts)
         if capacity is not None:
             placement = place_overflow(experts_TK, log_mass_TK, scaled_TE, capacity, used_T)
             experts_TK, placed_TK = placement.experts_TK, placement.kept_TK
@@ -126,11 +127,6 @@ def _fits_kernel(scores_TE: Tensor, logits: Tensor, potentials: Tensor | None, k
     one_matrix = k > 1 or scores_TE is logits
     same_dtype = potentials is None or potentials.dtype == scores_TE.dtype
     return usable(scores_TE, scores_TE.shape[1], k) and one_matrix and same_dtype and capacity is None
-
-
-def _count(experts_TK: Tensor, used_T: Tensor | None, experts: int) -> Tensor:
-    asked_TK = torch.ones_like(experts_TK) if used_T is None else used_T.unsqueeze(1).expand_as(experts_TK).long()
-    return experts_TK.new_zeros(experts).scatter_add_(0, experts_TK.reshape(-1), asked_TK.reshape(-1))
 
 
 def _used(mask: Tensor | None, tokens: int) -> Tensor | None:

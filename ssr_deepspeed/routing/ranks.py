@@ -1,4 +1,4 @@
-"""The order of routes within their expert.
+"""The routes of each expert: how many, and in which order.
 
 Shapes: T tokens, E experts, K choices a token, N = T K routes.
 """
@@ -7,6 +7,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def asked_routes(experts: Tensor, used: Tensor | None) -> Tensor:
+    """Which of the routes `[T, K]` ask for a slot, bool: all but those of padding (`used` False, `[T]`)."""
+    asked = torch.ones_like(experts, dtype=torch.bool)
+    return asked if used is None else asked & used.unsqueeze(1)
+
+
+def routes_of_each(experts: Tensor, counted: Tensor, count: int) -> Tensor:
+    """Routes of each of `count` experts, int64 `[E]`, among those that `counted` (bool `[T, K]`) marks."""
+    none_E = experts.new_zeros(count)
+    return none_E.scatter_add_(0, experts.reshape(-1), counted.reshape(-1).long())
 
 
 def rank_in_expert(experts: Tensor, log_mass: Tensor | None, asked: Tensor, count: int) -> Tensor:
