@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from ssr_deepspeed.ot import Sum
@@ -42,6 +44,15 @@ def maximum_over(group: Any, tensor: Tensor) -> Tensor:
     largest = tensor.clone()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     return largest
+
+
+def to_host(tensor: Tensor) -> tuple[Tensor, Any]:
+    """A copy on its way to the host, and the event to synchronise with before it is read."""
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = get_accelerator().Event()
+    copied.record()
+    return host, copied
 
 
 def _alone(group: Any) -> bool:

@@ -23,6 +23,37 @@ NoiseSteps = Literal["softmax", "transport", "both"]
 CoinUnit = Literal["step", "layer"]
 SolverName = Literal["sinkhorn", "newton", "sns", "adaptive"]
 Overflow = Literal["drop", "next"]
+RuleName = Literal[
+    "ssr",
+    "capacity",
+    "carried",
+    "s_base",
+    "none",
+    "auxiliary",
+    "global_auxiliary",
+    "z",
+    "noisy",
+    "loss_free",
+    "quantile",
+]
+Weights = Literal["plan", "softmax"]
+Polytope = Literal["mass", "capacity"]
+
+# Keys that play a part under some rules only. What is not listed serves all.
+RULES_OF_KEY: dict[str, tuple[RuleName, ...]] = {
+    "probability": ("ssr", "capacity", "carried"),
+    "per": ("ssr", "capacity", "carried"),
+    "seed": ("ssr", "capacity", "carried"),
+    "cost": ("ssr", "capacity", "carried", "s_base"),
+    "entropy": ("ssr", "capacity", "carried", "s_base"),
+    "solver": ("ssr", "capacity", "carried", "s_base"),
+    "gradient": ("ssr", "capacity"),
+    "scope": ("ssr", "capacity", "carried", "s_base", "global_auxiliary"),
+    "weights": ("ssr", "capacity", "carried"),
+    "carried": ("carried",),
+    "rate": ("loss_free", "noisy"),
+    "eval_potentials": ("carried", "loss_free", "quantile"),
+}
 
 # Named starting points. A key given beside "preset" overrides the preset's value.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -30,10 +61,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     # secondary sources). Entropy, noise scale and cap are the published ranges' usual ends; the
     # stopping rule there is an absolute residual, here the relative one.
     "paper": {
+        "rule": "ssr",
         "probability": 0.01,
         "cost": "softmax",
         "entropy": 0.05,
         "solver": {"name": "sinkhorn", "tolerance": 1e-4, "max_iterations": 100},
+        "gradient": "partial",
         "noise": {"scale": 0.1, "steps": "softmax"},
     },
 }
@@ -107,6 +140,35 @@ class ProbabilitySchedule(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Trigger(Section):
+    """Transport at the step after one whose softmax routes were uneven."""
+
+    imbalance: float
+    """MaxVio of the softmax top-k over all ranks and micro-batches of a step, above 0, beyond which the next
+    step routes by transport. On an accelerator the one after the next, so that no step waits for it."""
+
+    def __post_init__(self) -> None:
+        require(self.imbalance > 0, "imbalance", self.imbalance, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CarriedConfig(Section):
+    """Potentials kept between optimizer steps."""
+
+    polytope: Polytope = "capacity"
+    """What the potentials balance: plan mass of 1 a token, or k routes of at most 1 each (nearly the counts)."""
+    refresh: Literal["after", "before"] = "after"
+    """Route a batch by the potentials of the step before, or by those that one sweep on the batch itself gives."""
+    damping: float = 1.0
+    """Share of a sweep taken at each step, above 0 and at most 1."""
+
+    def __post_init__(self) -> None:
+        require_choice(self.polytope, "polytope", Polytope)
+        require_choice(self.refresh, "refresh", Literal["after", "before"])
+        require(0 < self.damping <= 1, "damping", self.damping, "above 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SolverConfig(Section):
     """How a transport step finds its expert potentials."""
 
@@ -160,12 +222,16 @@ class SSRConfig(Section):
     preset: Literal["paper"] | None = None
     """In JSON, `"paper"`: the literal published method; keys given beside it override it. `from_dict`
     puts the preset's values in, and the field is None afterwards."""
-    probability: float | ProbabilitySchedule = 0.01
-    """p, the share of steps routed by transport: a number from 0 to 1, or a schedule."""
+    rule: RuleName = "ssr"
+    """The balancing rule: one of ours (`ssr`, `capacity`, `carried`) or a rival's, see `ssr_deepspeed.routing`."""
+    probability: float | ProbabilitySchedule | Trigger = 0.01
+    """p, the share of steps routed by transport (under `carried`: whose potentials are solved to the end): a
+    number from 0 to 1, a schedule, or a measured imbalance that asks for them."""
     cost: Cost = "linear"
     """Compatibility of token and expert: the logits (SSR-L) or their softmax (SSR-S)."""
-    entropy: float = 1.0
-    """xi, weight of the plan's entropy, above 0, in units of the compatibility."""
+    entropy: float | None = None
+    """xi, weight of the plan's entropy, above 0, in units of the compatibility. None: 0.3 on the k-capacity
+    polytope (rules `capacity` and `carried`), else 1."""
     solver: SolverConfig = field(default_factory=SolverConfig)
     """See `SolverConfig`."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)
@@ -173,6 +239,15 @@ class SSRConfig(Section):
     gradient: Gradient = "partial"
     """Through the plan: none, with the potentials held constant, or through the potentials too. For
     k = 1 the weight is the softmax probability, and its gradient is followed whatever this says."""
+    weights: Weights | None = None
+    """What weighs a token's chosen experts: the plan that chose them, or the softmax of the logits. None: the
+    plan under `ssr`, the softmax under `capacity` and `carried`. For k = 1 it is always the softmax."""
+    carried: CarriedConfig = field(default_factory=CarriedConfig)
+    """See `CarriedConfig`."""
+    rate: float = 1e-3
+    """Step of the bias under `loss_free`, learning rate of the noise under `noisy`; above 0."""
+    eval_potentials: bool = True
+    """Whether rules that keep potentials or a bias route by them, frozen, in evaluation too."""
     scope: Scope = "rank"
     """Tokens balanced together: this rank's micro-batch, the expert-parallel or data-parallel group's."""
     overflow: Overflow = "drop"
@@ -193,9 +268,17 @@ class SSRConfig(Section):
         require_choice(self.per, "per", CoinUnit)
         if self.preset is not None:
             _fail("preset", self.preset, 'null here; presets are applied by SSRConfig.from_dict({"preset": ...})')
-        if not isinstance(self.probability, ProbabilitySchedule):
-            require(0 <= self.probability <= 1, "probability", self.probability, "0 to 1, or a schedule")
-        require(self.entropy > 0, "entropy", self.entropy, "above 0")
+        require_choice(self.rule, "rule", RuleName)
+        if isinstance(self.probability, Trigger):
+            require(self.rule != "carried", "probability", self.probability, 'a trigger under "ssr" and "capacity"')
+        elif not isinstance(self.probability, ProbabilitySchedule):
+            require(0 <= self.probability <= 1, "probability", self.probability, "0 to 1, a schedule or a trigger")
+        if self.weights is not None:
+            require_choice(self.weights, "weights", Weights)
+        require(self.entropy is None or self.entropy > 0, "entropy", self.entropy, "above 0")
+        if self.rule == "capacity":
+            require(self.gradient != "implicit", "gradient", self.gradient, '"detach" and "partial" under "capacity"')
+        require(self.rate > 0, "rate", self.rate, "above 0")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
 
     @classmethod
@@ -210,10 +293,27 @@ class SSRConfig(Section):
         return super().from_dict(block, path)
 
     def probability_at(self, step: int) -> float:
-        """p at optimizer step `step` (counted from 0)."""
+        """p at optimizer step `step` (counted from 0); 0 where a trigger decides."""
         if isinstance(self.probability, ProbabilitySchedule):
             return self.probability.at(step)
-        return self.probability
+        return 0.0 if isinstance(self.probability, Trigger) else self.probability
+
+    @property
+    def xi(self) -> float:
+        """The entropy in use: the one given, or the rule's own."""
+        if self.entropy is not None:
+            return self.entropy
+        counts = self.rule == "capacity" or (self.rule == "carried" and self.carried.polytope == "capacity")
+        return 0.3 if counts else 1.0
+
+    @property
+    def weighs_by_plan(self) -> bool:
+        """Whether the transport plan weighs the experts it chose."""
+        return (self.weights or ("plan" if self.rule == "ssr" else "softmax")) == "plan"
+
+    def unused_keys(self, block: dict[str, Any]) -> list[str]:
+        """Keys of the block that play no part under its rule, for one warning."""
+        return sorted(key for key in block if self.rule not in RULES_OF_KEY.get(key, (self.rule,)))
 
 
 def find_block(deepspeed_config: dict[str, Any]) -> dict[str, Any] | None:
@@ -246,7 +346,9 @@ def _convert(value: Any, kind: Any, path: str) -> Any:
     options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
     sections = [o for o in options if isinstance(o, type) and issubclass(o, Section)]
     if sections and isinstance(value, dict):
-        return sections[0].from_dict(value, path)
+        # Of several, the one that knows most of the keys.
+        known = [len(set(value) & set(typing.get_type_hints(o))) for o in sections]
+        return sections[known.index(max(known))].from_dict(value, path)
     literals = [choice for o in options if typing.get_origin(o) is Literal for choice in typing.get_args(o)]
     if literals and not (value is None and type(None) in options):
         if value not in literals:

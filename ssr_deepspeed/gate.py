@@ -3,12 +3,12 @@
 It is a `TopKGate` (the engine finds gates with `isinstance`, checkpoints match `moe.gate.wg.weight`)
 with the same parameter and no other state: `TopKGate` checkpoints load into it strictly, and back.
 
-    logits [T,E] -> potentials [E] (transport step) -> routes [T,K] -> slots [T,K] -> host's tuple
+    logits [T,E] -> potentials [E] (the balancing rule) -> routes [T,K] -> slots [T,K] -> host's tuple
 
-What differs from `TopKGate`, for every k: the auxiliary loss is zero, evaluation is deterministic,
-padding (`used_token`) is never routed, and an expert that overflows keeps its most probable routes.
-`TopKGate`'s own random choices (`noisy_gate_policy`, `use_rts`, `top2_2nd_expert_sampling`) play no
-part; noise is the configuration's.
+What differs from `TopKGate`, for every k: the auxiliary loss is zero (except under a rule that works by
+a loss), evaluation is deterministic, padding (`used_token`) is never routed, and an expert that
+overflows keeps its most probable routes. `TopKGate`'s own random choices (`noisy_gate_policy`,
+`use_rts`, `top2_2nd_expert_sampling`) play no part; noise is the configuration's.
 
 Tested with deepspeed 0.19.8, and with the dense contract in 0.16.9 and 0.19.3. Not run here: Tutel
 and tensor parallelism.
@@ -30,19 +30,20 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor
 
 from ssr_deepspeed.collectives import maximum_over, sum_over
-from ssr_deepspeed.config import SSRConfig
+from ssr_deepspeed.config import SSRConfig, Trigger
 from ssr_deepspeed.ot import Solution
 from ssr_deepspeed.routing import (
+    Batch,
     RoutePlan,
+    Rule,
     Slots,
-    compatibility,
     expert_capacity,
     fill_slots,
     is_transport_step,
+    make_rule,
     route,
     routes_of_each,
     surviving_weights,
-    transport_potentials,
 )
 
 # Since 0.19.4 the third positional argument asks for sparse routes; before, it was `use_tutel`.
@@ -54,12 +55,16 @@ class GateState:
     """What a gate needs beside its weight. Plain Python: never part of a state dict."""
 
     config: SSRConfig
+    rule: Rule
+    """The balancing rule with what it has committed."""
     layer: int = 0
     """Index among all routers of the whole model."""
     transport: bool = False
     """Whether training passes of this optimizer step route by transport."""
     solution: Solution | None = None
-    """Of the last training pass; None if that was a softmax step."""
+    """Of the last training pass; None if it solved nothing."""
+    loss_reached: bool = False
+    """Whether a gradient has come back through the `l_aux` of a rule that works by a loss."""
     nonfinite: Tensor | None = None
     """Whether a training pass since the last check met a NaN or an infinity in the logits, 0-dim bool that
     passes change in place. None: nobody asks."""
@@ -105,7 +110,12 @@ class SSRGate(TopKGate):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.ssr = GateState(config or SSRConfig(), layer, data_parallel_group=data_parallel_group)
+        self._begin(config or SSRConfig(), layer, data_parallel_group)
+
+    def _begin(self, config: SSRConfig, layer: int, data_parallel_group: Any) -> None:
+        weight_EM = self.wg.weight
+        rule = make_rule(config, weight_EM.shape[0], weight_EM.shape[1], self.k, weight_EM.device)
+        self.ssr = GateState(config, rule, layer, data_parallel_group=data_parallel_group)
         self.set_step(0)
 
     @staticmethod
@@ -135,8 +145,7 @@ class SSRGate(TopKGate):
             raise ValueError(reason)
         gate.__class__ = cls
         assert isinstance(gate, cls)
-        gate.ssr = GateState(config, layer, data_parallel_group=data_parallel_group)
-        gate.set_step(0)
+        gate._begin(config, layer, data_parallel_group)
         return gate
 
     def release(self) -> TopKGate:
@@ -148,9 +157,19 @@ class SSRGate(TopKGate):
     def set_step(self, step: int) -> None:
         """Toss the coin for optimizer step `step` (steps taken before it).
 
-        The install seam calls it when `engine.global_steps` changes; without an engine, call it.
+        The install seam calls it when `engine.global_steps` changes; without an engine, call it. Where a
+        trigger decides, it says nothing.
         """
-        self.ssr.transport = is_transport_step(self.ssr.config, step, self.ssr.layer)
+        if not isinstance(self.ssr.config.probability, Trigger):
+            self.ssr.transport = is_transport_step(self.ssr.config, step, self.ssr.layer)
+
+    def commit(self) -> None:
+        """End an optimizer step of one process without an engine; an engine's `RuleStates` does it over its ranks."""
+        rule = self.ssr.rule
+        rule.gather()
+        if rule.sums is not None:
+            rule.commit(rule.sums, self.ssr.transport)
+            rule.sums.zero_()
 
     def forward(
         self,
@@ -181,51 +200,75 @@ class SSRGate(TopKGate):
             self.timers(TOPK_GATE_TIMER).start()
         with torch.autocast(input.device.type, enabled=False):
             logits_TE = torch.nn.functional.linear(input.float(), self.wg.weight.float())
-            output = self.routes_of(logits_TE, used_token, sparse_routes)
+            output = self.routes_of(logits_TE, used_token, sparse_routes, input)
         if self.wall_clock_breakdown:
             self.timers(TOPK_GATE_TIMER).stop()
             self.gate_time = self.timers(TOPK_GATE_TIMER).elapsed(reset=False)
         return output
 
-    def routes_of(self, logits_TE: Tensor, used_token: Tensor | None, sparse_routes: bool) -> tuple[Any, ...]:
+    def routes_of(
+        self, logits_TE: Tensor, used_token: Tensor | None, sparse_routes: bool, input_TM: Tensor | None = None
+    ) -> tuple[Any, ...]:
         """What `forward` makes of the fp32 logits."""
         if self.training and self.ssr.nonfinite is not None:
             self._watch(logits_TE, self.ssr.nonfinite)
-        plan = self._plan(logits_TE, used_token)
+        plan, l_aux = self._plan(logits_TE, used_token, input_TM)
         capacity, slots = self._fill(plan, logits_TE)
         self.ssr.dispatched_E = None
         if plan.placed_TK is not None:
             self.ssr.dispatched_E = routes_of_each(plan.experts_TK, slots.kept_TK, plan.demand_E.shape[0])
         weights_TK = surviving_weights(plan, slots.kept_TK)
-        l_aux = logits_TE[:0].sum()
         if sparse_routes:
             return _sparse(l_aux, capacity, plan, slots, weights_TK)
         return _dense(l_aux, capacity, plan, slots, weights_TK)
 
-    def _plan(self, logits_TE: Tensor, mask: Tensor | None) -> RoutePlan:
-        """Routes of this pass: plain softmax in evaluation, the coin's choice in training."""
-        config, transport = self.ssr.config, self.ssr.transport
-        capacity = self._capacity(logits_TE) if config.overflow == "next" and self.drop_tokens else None
-        if not self.training:
-            return route(logits_TE, k=self.k, mask=mask, capacity=capacity)
-        if config.noise.scale > 0 and config.noise.steps in ("both", "transport" if transport else "softmax"):
-            logits_TE = logits_TE + config.noise.scale * torch.randn_like(logits_TE)
-        if not transport:
-            self.ssr.solution = None
-            return route(logits_TE, k=self.k, mask=mask, capacity=capacity)
-        scores_TE = compatibility(logits_TE, config.cost)
-        reduce = sum_over(self.ssr.group(self.ep_group))
-        potentials_E, self.ssr.solution = transport_potentials(scores_TE, config, mask, reduce)
-        return route(
-            logits_TE,
-            potentials_E,
-            k=self.k,
-            scores=scores_TE,
-            entropy=config.entropy,
-            detach=config.gradient == "detach",
-            mask=mask,
-            capacity=capacity,
+    def _plan(self, logits_TE: Tensor, mask: Tensor | None, input_TM: Tensor | None) -> tuple[RoutePlan, Tensor]:
+        """Routes of this pass by the balancing rule, and the loss that the host adds to its own."""
+        config, transport, rule = self.ssr.config, self.ssr.transport, self.ssr.rule
+        batch = Batch(
+            input_TM,
+            mask,
+            transport,
+            lambda: sum_over(self.ssr.group(self.ep_group)),
+            lambda: sum_over(self.ssr.data_parallel_group),
         )
+        if not self.training:
+            choice = rule.choose_frozen(logits_TE)
+        else:
+            if config.noise.scale > 0 and config.noise.steps in ("both", "transport" if transport else "softmax"):
+                logits_TE = logits_TE + config.noise.scale * torch.randn_like(logits_TE)
+            choice = rule.choose(logits_TE, batch)
+        plan = route(
+            choice.logits_TE,
+            choice.potentials_E,
+            k=self.k,
+            scores=choice.scores_TE,
+            entropy=choice.entropy,
+            by_plan=choice.by_plan,
+            shifts=choice.shifts_T,
+            detach=choice.detach,
+            mask=mask,
+            capacity=self._capacity(logits_TE) if config.overflow == "next" and self.drop_tokens else None,
+        )
+        # Carries a graph also where it is zero: pipeline engines start their backward pass from it.
+        l_aux = logits_TE[:0].sum()
+        if self.training:
+            self.ssr.solution = choice.solution
+            loss = rule.loss(choice.logits_TE, plan, batch)
+            l_aux = l_aux if loss is None else self._asked_for(loss)
+            if not _recomputes():
+                with torch.no_grad():
+                    rule.observe(logits_TE, choice, plan, batch)
+        return plan, l_aux
+
+    def _asked_for(self, loss: Tensor) -> Tensor:
+        """The loss, and a note when a gradient comes back through it: a host may well ignore it."""
+        if loss.requires_grad and not torch.compiler.is_compiling():
+            loss.register_hook(self._note_gradient)
+        return loss
+
+    def _note_gradient(self, gradient: Tensor) -> None:
+        self.ssr.loss_reached = True
 
     def _watch(self, logits_TE: Tensor, flag: Tensor) -> None:
         """Remember a NaN or an infinity on the device, for whoever drives the steps to ask about."""
@@ -250,6 +293,11 @@ class SSRGate(TopKGate):
         largest = maximum_over(self.ep_group, plan.demand_E.max().clamp_min(1))
         padded = (largest + tensor_parallel - 1) // tensor_parallel * tensor_parallel
         return padded, fill_slots(plan, None)
+
+
+def _recomputes() -> bool:
+    """Whether backward is recomputing a checkpointed pass, which has been observed before."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _sparse(

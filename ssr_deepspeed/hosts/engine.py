@@ -6,9 +6,10 @@ are imported. All of them construct a `DeepSpeedEngine`, so five of its methods 
 
     __init__           afterwards, the engine's "ssr" block is read and its gates are swapped
     forward            beforehand, the coin is tossed if `global_steps` has changed
-    _take_model_step   beforehand, the logits are checked; afterwards, the load monitor closes the step
-    save_checkpoint    beforehand, a check of the logits still on its way is read
-    load_checkpoint    afterwards, such a check is dropped
+    _take_model_step   beforehand, the logits are checked; afterwards, the rules commit what they have
+                       observed, and the load monitor closes the step
+    save_checkpoint    beforehand, a check of the logits still on its way is read; the rules' state goes along
+    load_checkpoint    afterwards, such a check is dropped, and the rules take their state over
 
 The step counter is read here and not in a gate, where it would make torch.compile recompile at
 every step. An engine whose configuration has no "ssr" block is left alone. `uninstall` restores
@@ -39,6 +40,7 @@ from ssr_deepspeed.config import SSRConfig, find_block
 from ssr_deepspeed.gate import SSRGate
 from ssr_deepspeed.hosts import deepspeed_moe
 from ssr_deepspeed.hosts.finite import FiniteWatch
+from ssr_deepspeed.hosts.rules import KEY, RuleStates, say
 from ssr_deepspeed.monitor import LoadMonitor, layer_metrics
 from ssr_deepspeed.monitor.sinks import JsonLines, engine_events
 
@@ -55,6 +57,7 @@ class EngineRuntime:
         gates: this rank's gates by name, all of them replaceable.
         layers: number of experts of every gate of the whole model.
         sink: gets the load reports; None on all ranks but the first.
+        unused_keys: keys of the block that play no part under its rule.
     """
 
     def __init__(
@@ -64,21 +67,25 @@ class EngineRuntime:
         gates: dict[str, TopKGate],
         layers: dict[str, int],
         sink: JsonLines | None,
+        unused_keys: list[str],
     ) -> None:
-        self.config, self.gates, self._sink = config, gates, sink
+        self.config, self.gates, self._sink, self.unused_keys = config, gates, sink, unused_keys
         self.layers = sorted(layers, key=_natural)
         self.step = engine.global_steps
         self.report: dict[str, Any] | None = None
         """The last load report, as written to the JSON lines; the same on every rank."""
         self._hooks: list[Any] = []
         self._finite: FiniteWatch | None = None
+        self._rules: RuleStates | None = None
         if self.config.enabled:
-            adopted = {}
-            for name, gate in self.gates.items():
-                layer = self.layers.index(name)
-                adopted[layer] = SSRGate.adopt(gate, self.config, layer, engine.data_parallel_group)
+            adopted = {
+                name: SSRGate.adopt(gate, self.config, self.layers.index(name), engine.data_parallel_group)
+                for name, gate in self.gates.items()
+            }
+            self._rules = RuleStates(self.config, adopted, engine.data_parallel_group, engine.device)
             if not _scales_loss(engine):
-                self._finite = FiniteWatch(adopted, self.layers, engine.device)
+                by_layer = {gate.ssr.layer: gate for gate in adopted.values()}
+                self._finite = FiniteWatch(by_layer, self.layers, engine.device)
         self.monitor = self._attach_monitor(engine, layers) if self.config.monitor.interval else None
         self._set_step(self.step)
 
@@ -110,18 +117,27 @@ class EngineRuntime:
         if self._finite:
             self._finite.before_step(engine.global_steps)
 
-    def before_save(self) -> None:
-        """Stop, on all ranks, rather than save what logits that were not finite have spoilt."""
+    def before_save(self) -> dict[str, Any]:
+        """What a checkpoint is to hold beside the module's state.
+
+        Stops, on all ranks, rather than save what logits that were not finite have spoilt.
+        """
         if self._finite:
             self._finite.settle()
+        return self._rules.save() if self._rules else {}
 
-    def after_load(self) -> None:
-        """Forget the passes before the checkpoint's weights came."""
+    def after_load(self, saved: dict[str, Any] | None, rank: int) -> None:
+        """Forget the passes before the checkpoint's weights came, and take over the rules' state."""
         if self._finite:
             self._finite.forget()
+        sentence = self._rules.load(saved) if self._rules else None
+        if sentence:
+            say(sentence, rank)
 
     def after_step(self, engine: DeepSpeedEngine) -> None:
-        """Toss the next step's coin and close this one; at the monitor's interval, report."""
+        """Commit the rules' state, toss the next step's coin, close this step; at the monitor's interval, report."""
+        if self._rules:
+            self._rules.after_step(engine.was_step_applied())
         self._set_step(engine.global_steps)
         window = self.monitor.end_step(engine.global_steps - 1) if self.monitor else None
         if window is None:
@@ -142,7 +158,7 @@ class EngineRuntime:
             hook.remove()
         if self._sink:
             self._sink.close()
-        self.monitor, self._finite = None, None
+        self.monitor, self._finite, self._rules = None, None, None
 
 
 def install() -> None:
@@ -245,11 +261,14 @@ def _wrap_take_model_step(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def save_checkpoint(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+    def save_checkpoint(
+        self: DeepSpeedEngine, save_dir: str, tag: Any = None, client_state: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         runtime = vars(self).get("ssr")
+        client_state = {} if client_state is None else client_state
         if runtime is not None:
-            runtime.before_save()
-        return original(self, *args, **kwargs)
+            client_state = {**client_state, KEY: runtime.before_save()}
+        return original(self, save_dir, tag, client_state, *args, **kwargs)
 
     return save_checkpoint
 
@@ -257,11 +276,12 @@ def _wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
 def _wrap_load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_checkpoint(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
+        path, client_state = original(self, *args, **kwargs)
+        saved = client_state.pop(KEY, None) if client_state else None
         runtime = vars(self).get("ssr")
-        if runtime is not None:
-            runtime.after_load()
-        return result
+        if runtime is not None and path is not None:
+            runtime.after_load(saved, self.global_rank)
+        return path, client_state
 
     return load_checkpoint
 
@@ -309,7 +329,7 @@ def _agree(engine: DeepSpeedEngine) -> EngineRuntime | None:
     if config is None:
         return None
     layers = {name: experts for theirs in ranks for name, experts in theirs["layers"].items()}
-    return EngineRuntime(engine, config, gates, layers, sink)
+    return EngineRuntime(engine, config, gates, layers, sink, config.unused_keys(block or {}))
 
 
 def _refusals(gates: dict[str, TopKGate]) -> str | None:
@@ -347,6 +367,7 @@ def _announce(runtime: EngineRuntime | None) -> None:
     elif runtime.config.enabled:
         lines = [f"active on {len(runtime.layers)} routers: {', '.join(runtime.layers)}"]
         lines += [f"TopKGate's {option} plays no part" for option in deepspeed_moe.unused_options(runtime.gates)]
+        lines += [f'"{key}" plays no part under rule "{runtime.config.rule}"' for key in runtime.unused_keys]
     else:
         lines = [f"disabled by its block; counting the load of {len(runtime.layers)} routers"]
     for line in lines:

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from ssr_deepspeed.collectives import maximum_over
+from ssr_deepspeed.collectives import maximum_over, to_host
 from ssr_deepspeed.gate import SSRGate
 
 
@@ -68,7 +67,7 @@ class FiniteWatch:
             self._read(step, flag_L, None)
             return
         self.settle()
-        self._pending = (step, *_to_host(flag_L))
+        self._pending = (step, *to_host(flag_L))
 
     def _read(self, step: int, flag_L: Tensor, copied: Any) -> None:
         if copied is not None:
@@ -80,12 +79,3 @@ class FiniteWatch:
                     f"optimizer step {step}: look for a diverging loss (learning rate, data) and go on from the "
                     "last checkpoint before it"
                 )
-
-
-def _to_host(flag_L: Tensor) -> tuple[Tensor, Any]:
-    """The flags on the host, and the event after which they are there."""
-    host_L = torch.empty_like(flag_L, device="cpu", pin_memory=True)
-    host_L.copy_(flag_L, non_blocking=True)
-    copied = get_accelerator().Event()
-    copied.record()
-    return host_L, copied

@@ -1,6 +1,6 @@
 """Expert load: counted on the device, reduced once an interval, turned into metrics and reports."""
 
 from ssr_deepspeed.monitor.counts import LoadMonitor, LoadWindow
-from ssr_deepspeed.monitor.metrics import layer_metrics, max_violation
+from ssr_deepspeed.monitor.metrics import layer_metrics
 
-__all__ = ["LoadMonitor", "LoadWindow", "layer_metrics", "max_violation"]
+__all__ = ["LoadMonitor", "LoadWindow", "layer_metrics"]

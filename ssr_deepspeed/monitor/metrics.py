@@ -9,17 +9,10 @@ import torch
 from torch import Tensor
 
 from ssr_deepspeed.monitor.counts import LoadWindow
+from ssr_deepspeed.routing import max_violation
 
 DEAD_BELOW = 0.01
 """An expert is dead if its load over a window is below this share of the mean."""
-
-
-def max_violation(load_E: Tensor) -> Tensor:
-    """MaxVio, `max l / m - 1`, over the last dimension; NaN where nothing was routed.
-
-    Source: Wang et al., arXiv 2408.15664.
-    """
-    return load_E.max(dim=-1).values / load_E.mean(dim=-1) - 1
 
 
 def layer_metrics(window: LoadWindow) -> dict[str, dict[str, Any]]:

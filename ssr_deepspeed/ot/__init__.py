@@ -4,9 +4,10 @@ Torch alone: nothing here knows a process group. Where a problem spans several r
 over the ranks comes in as a function.
 """
 
-from ssr_deepspeed.ot.capacity import CapacitySolution, solve_capacity
+from ssr_deepspeed.ot.capacity import CapacitySolution, capacity_columns, solve_capacity
 from ssr_deepspeed.ot.gradient import implicit_potentials, unrolled_potentials
 from ssr_deepspeed.ot.problem import Solution, Sum
+from ssr_deepspeed.ot.sinkhorn import plan_columns
 from ssr_deepspeed.ot.sns import SparseNewtonSolution, sinkhorn_newton_sparse
 from ssr_deepspeed.ot.solver import plan, solve
 
@@ -15,8 +16,10 @@ __all__ = [
     "Solution",
     "SparseNewtonSolution",
     "Sum",
+    "capacity_columns",
     "implicit_potentials",
     "plan",
+    "plan_columns",
     "sinkhorn_newton_sparse",
     "solve",
     "solve_capacity",

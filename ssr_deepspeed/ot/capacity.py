@@ -38,6 +38,9 @@ from ssr_deepspeed.ot.newton import (
 )
 from ssr_deepspeed.ot.problem import Rows, Solution, Sum, positive, prepare, readable, start_at
 
+# From between the k-th and (k + 1)-th score, Newton steps after which column sums are good to a percent.
+_FEW = 4
+
 
 @dataclass(frozen=True)
 class CapacitySolution(Solution):
@@ -122,7 +125,39 @@ def _evaluate(rows: Rows, k: int, potential_E: Tensor, temperature: Tensor) -> T
     return Terms(value, positive(column_E + k * rows.blank), hessian_EE)
 
 
-def row_shifts(scaled_TE: Tensor, k: int) -> Tensor:
+def capacity_columns(
+    scores: Tensor,
+    entropy: float,
+    k: int,
+    potentials: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reduce: Sum | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Column sums of the k-capacity plan at given potentials, whose rows sum to k up to a few Newton steps.
+
+    Args:
+        scores: compatibility `C [T, E]`, fp32 or fp64.
+        entropy: `xi > 0`, in units of the scores.
+        k: experts a token, below E.
+        potentials: `g [E]`, in units of the scores.
+        mask: T entries; zero leaves a token out.
+        reduce: sum over the ranks that share the problem; one call.
+
+    Returns:
+        `c [E]`, fp64, and the row shifts `a [T]` in units of the scores.
+    """
+    with torch.no_grad():
+        scaled_TE = (scores.detach() + potentials) / entropy
+        shift_T = row_shifts(scaled_TE, k, iterations=_FEW)
+        plan_TE = torch.sigmoid(scaled_TE - shift_T.unsqueeze(1))
+        if mask is not None:
+            plan_TE = plan_TE * (mask.reshape(-1, 1) != 0)
+        column_E = plan_TE.sum(0, dtype=torch.float64)
+        return column_E if reduce is None else reduce(column_E), shift_T * entropy
+
+
+def row_shifts(scaled_TE: Tensor, k: int, iterations: int = 60) -> Tensor:
     """The root `b_i` of `sum_j sigmoid(x_ij - b_i) = k` for every row, `k < E`.
 
     Newton's method inside a bracket that shrinks with every evaluation, bisection where a step
@@ -134,7 +169,7 @@ def row_shifts(scaled_TE: Tensor, k: int) -> Tensor:
     low_T, high_T = scaled_TE.amin(1) - offset, scaled_TE.amax(1) - offset
     shift_T = torch.topk(scaled_TE, k + 1, dim=1).values[:, -2:].mean(1).clamp(low_T, high_T)
     enough = 8 * torch.finfo(scaled_TE.dtype).eps * k
-    for _ in range(60):  # bisection alone halves fp32's whole mantissa twice over
+    for _ in range(iterations):  # in 60 bisection alone halves fp32's whole mantissa twice over
         plan_TE = torch.sigmoid(scaled_TE - shift_T.unsqueeze(1))
         excess_T = plan_TE.sum(1) - k
         if readable(excess_T) and bool((excess_T.abs() <= enough).all()):

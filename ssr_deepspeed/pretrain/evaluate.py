@@ -10,10 +10,10 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch.utils.data import DataLoader
 
-from ssr_deepspeed.monitor import max_violation
 from ssr_deepspeed.monitor.metrics import finite
 from ssr_deepspeed.pretrain.data import Corpus
 from ssr_deepspeed.pretrain.model import IGNORED
+from ssr_deepspeed.routing import max_violation
 
 
 @torch.no_grad()

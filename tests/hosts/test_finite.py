@@ -55,7 +55,7 @@ def _one_step_later(folder):
     ssr_deepspeed.install()
     engine = build_engine(ToyModel(), {}, zero=1)  # deepspeed 0.16.9 cannot load its own MoE checkpoint without ZeRO
     engine.ssr._finite._reads_at_once = False
-    ssr_deepspeed.hosts.finite._to_host = lambda flags: (flags, None)
+    ssr_deepspeed.hosts.finite.to_host = lambda flags: (flags, None)
     _train_step(engine)
     engine.save_checkpoint(folder)
     _train_step(engine, bad=True)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ssr_deepspeed.monitor import LoadMonitor, layer_metrics, max_violation
+from ssr_deepspeed.monitor import LoadMonitor, layer_metrics
 from ssr_deepspeed.monitor.sinks import engine_events
+from ssr_deepspeed.routing import max_violation
 
 
 def make_monitor(interval=2, experts=(4, 3), copies=1):

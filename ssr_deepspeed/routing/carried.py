@@ -1,0 +1,127 @@
+"""The rule `carried`: expert potentials kept between optimizer steps.
+
+    select    top k of C + g with the committed potentials g
+    weigh     softmax of the logits at the chosen experts (or the plan)
+    refresh   g_j += damping * xi * log(mean(c) / c_j), once per optimizer step, c summed over its
+              passes and all ranks: one sweep of Sinkhorn on the whole batch of the step
+
+The column sums `c` are those of the plan with row mass 1, `softmax((C + g) / xi)`, or of the k-capacity
+plan `sigmoid((C + g - a) / xi)`. On chosen steps each batch's problem is solved to the end from `g`, and the
+mean of the solutions is committed.
+
+No token is routed by potentials that its own batch has set (with `refresh` `"after"`), so a step needs no
+collective before its routes, and none within a pass.
+
+Shapes: T tokens, E experts, K choices a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ssr_deepspeed.config import SSRConfig
+from ssr_deepspeed.ot import Solution, Sum, capacity_columns, plan_columns, solve, solve_capacity
+from ssr_deepspeed.routing.plan import RoutePlan, compatibility
+from ssr_deepspeed.routing.rules import Batch, Choice, Rule
+
+
+class Carried(Rule):
+    """Potentials kept between steps, refreshed by one sweep on each, solved to the end on chosen ones."""
+
+    def __init__(self, config: SSRConfig, experts: int, width: int, k: int, device: torch.device) -> None:
+        super().__init__(config, experts, width, k, device)
+        self.state["potentials"] = self._zeros(experts)
+        # Column sums, or solved potentials and how many there are.
+        self.sums = self._sums(experts + 1)
+        self._counts = config.carried.polytope == "capacity"
+
+    def choose(self, logits_TE: Tensor, batch: Batch) -> Choice:
+        choice = self.choose_frozen(logits_TE, potentials=True)
+        if self.config.carried.refresh == "after":
+            return choice
+        assert choice.scores_TE is not None
+        if batch.transport:
+            solution = self._solve(choice.scores_TE, batch.mask, batch.scope())
+            return self._weighed(replace(choice, potentials_E=solution.potentials, solution=solution))
+        column_E, _ = self._columns(choice.scores_TE, batch.mask, batch.scope())
+        return self._weighed(replace(choice, potentials_E=self._swept(column_E).float()))
+
+    def choose_frozen(self, logits_TE: Tensor, potentials: bool | None = None) -> Choice:
+        config = self.config
+        if not (config.eval_potentials if potentials is None else potentials):
+            return Choice(logits_TE)
+        scores_TE = compatibility(logits_TE, config.cost)
+        # A copy: the state changes in place, and a backward pass may come after that.
+        choice = Choice(logits_TE, self.state["potentials"].clone(), scores_TE, config.xi)
+        return self._weighed(choice)
+
+    def _weighed(self, choice: Choice) -> Choice:
+        """The choice with the plan's weights, if the configuration asks for them."""
+        if not self.config.weighs_by_plan or (self._counts and self.k == self.experts):
+            return choice
+        if not self._counts:
+            return replace(choice, by_plan=True)
+        assert choice.scores_TE is not None and choice.potentials_E is not None
+        _, shifts_T = capacity_columns(choice.scores_TE, self.config.xi, self.k, choice.potentials_E)
+        return replace(choice, by_plan=True, shifts_T=shifts_T)
+
+    def observe(self, logits_TE: Tensor, choice: Choice, plan: RoutePlan, batch: Batch) -> None:
+        assert self.sums is not None and choice.scores_TE is not None
+        if batch.transport:
+            solution = choice.solution or self._solve(choice.scores_TE, batch.mask, batch.scope())
+            self.sums[:-1] += solution.potentials
+            self.sums[-1] += 1
+        else:
+            self.sums[:-1] += self._columns(choice.scores_TE, batch.mask, None)[0]
+
+    def commit(self, sums: Tensor, transport: bool) -> None:
+        self._keep("potentials", sums[:-1] / sums[-1] if transport else self._swept(sums[:-1]))
+
+    def _columns(self, scores_TE: Tensor, mask: Tensor | None, reduce: Sum | None) -> tuple[Tensor, Tensor | None]:
+        """Column sums at the committed potentials; in the k-capacity plan also the row shifts."""
+        potentials_E = self.state["potentials"]
+        if self._counts:
+            return capacity_columns(scores_TE, self.config.xi, self.k, potentials_E, mask=mask, reduce=reduce)
+        return plan_columns(scores_TE, self.config.xi, potentials_E, mask=mask, reduce=reduce), None
+
+    def _swept(self, column_E: Tensor) -> Tensor:
+        """The committed potentials after one damped sweep with these column sums."""
+        config, k, experts = self.config, self.k, self.experts
+        if self._counts and k == experts:
+            return self.state["potentials"].double()
+        if self._counts and 2 * k > experts:
+            # Many choices: the few experts that a token leaves out say more.
+            left_E = column_E.mean() * experts / k - column_E
+            step_E = left_E.log() - left_E.mean().log()
+        else:
+            step_E = column_E.mean().log() - column_E.log()
+        moved_E = self.state["potentials"].double() + config.carried.damping * config.xi * step_E
+        return moved_E - moved_E.mean()
+
+    def _solve(self, scores_TE: Tensor, mask: Tensor | None, reduce: Sum | None) -> Solution:
+        solver = self.config.solver
+        initial_E = self.state["potentials"]
+        if self._counts:
+            return solve_capacity(
+                scores_TE,
+                self.config.xi,
+                self.k,
+                mask=mask,
+                tolerance=solver.tolerance,
+                max_iterations=solver.max_iterations,
+                initial=initial_E,
+                reduce=reduce,
+            )
+        return solve(
+            scores_TE,
+            self.config.xi,
+            method=solver.name,
+            mask=mask,
+            tolerance=solver.tolerance,
+            max_iterations=solver.max_iterations,
+            initial=initial_E,
+            reduce=reduce,
+        )
