@@ -157,7 +157,7 @@ class CarriedConfig(Section):
 
     polytope: Polytope = "capacity"
     """What the potentials balance: plan mass of 1 a token, or k routes of at most 1 each (nearly the counts)."""
-    refresh: Literal["after", "before"] = "after"
+    refresh: Literal["after", "before"] = "before"
     """Route a batch by the potentials of the step before, or by those that one sweep on the batch itself gives."""
     damping: float = 1.0
     """Share of a sweep taken at each step, above 0 and at most 1."""

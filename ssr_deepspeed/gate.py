@@ -229,6 +229,7 @@ class SSRGate(TopKGate):
             input_TM,
             mask,
             transport,
+            _recomputes(),
             lambda: sum_over(self.ssr.group(self.ep_group)),
             lambda: sum_over(self.ssr.data_parallel_group),
         )
@@ -256,7 +257,7 @@ class SSRGate(TopKGate):
             self.ssr.solution = choice.solution
             loss = rule.loss(choice.logits_TE, plan, batch)
             l_aux = l_aux if loss is None else self._asked_for(loss)
-            if not _recomputes():
+            if not batch.recomputed:
                 with torch.no_grad():
                     rule.observe(logits_TE, choice, plan, batch)
         return plan, l_aux

@@ -132,7 +132,6 @@ def capacity_columns(
     potentials: Tensor,
     *,
     mask: Tensor | None = None,
-    reduce: Sum | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Column sums of the k-capacity plan at given potentials, whose rows sum to k up to a few Newton steps.
 
@@ -142,7 +141,6 @@ def capacity_columns(
         k: experts a token, below E.
         potentials: `g [E]`, in units of the scores.
         mask: T entries; zero leaves a token out.
-        reduce: sum over the ranks that share the problem; one call.
 
     Returns:
         `c [E]`, fp64, and the row shifts `a [T]` in units of the scores.
@@ -153,8 +151,7 @@ def capacity_columns(
         plan_TE = torch.sigmoid(scaled_TE - shift_T.unsqueeze(1))
         if mask is not None:
             plan_TE = plan_TE * (mask.reshape(-1, 1) != 0)
-        column_E = plan_TE.sum(0, dtype=torch.float64)
-        return column_E if reduce is None else reduce(column_E), shift_T * entropy
+        return plan_TE.sum(0, dtype=torch.float64), shift_T * entropy
 
 
 def row_shifts(scaled_TE: Tensor, k: int, iterations: int = 60) -> Tensor:

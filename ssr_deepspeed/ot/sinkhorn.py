@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ssr_deepspeed.kernels import fused_columns, usable
-from ssr_deepspeed.ot.problem import Rows, Solution, Sum, positive, prepare, readable
+from ssr_deepspeed.ot.problem import Rows, Solution, positive, prepare, readable
 
 Columns = Callable[[Tensor], Tensor]
 """Column sums `c [E]`, fp64, over all ranks, of the plan at `h = g / xi`; never zero."""
@@ -91,12 +91,10 @@ def column_sums(rows: Rows, entropy: float) -> Columns:
     return lambda potential_E: positive(rows.total(columns(potential_E)) + rows.blank)
 
 
-def plan_columns(
-    scores: Tensor, entropy: float, potentials: Tensor, *, mask: Tensor | None = None, reduce: Sum | None = None
-) -> Tensor:
-    """Column sums `c [E]`, fp64, of the plan `softmax((C + g) / xi)`: one evaluation of `solve`'s, same arguments."""
+def plan_columns(scores: Tensor, entropy: float, potentials: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Column sums `c [E]`, fp64, of the plan `softmax((C + g) / xi)`; scores, entropy and mask as for `solve`."""
     with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
-        rows = prepare(scores, entropy, mask, reduce)
+        rows = prepare(scores, entropy, mask, None)
         return column_sums(rows, entropy)((potentials / entropy).to(rows.scores_TE))
 
 

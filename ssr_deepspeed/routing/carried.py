@@ -9,8 +9,9 @@ The column sums `c` are those of the plan with row mass 1, `softmax((C + g) / xi
 plan `sigmoid((C + g - a) / xi)`. On chosen steps each batch's problem is solved to the end from `g`, and the
 mean of the solutions is committed.
 
-No token is routed by potentials that its own batch has set (with `refresh` `"after"`), so a step needs no
-collective before its routes, and none within a pass.
+With `refresh` `"before"` a pass is routed by what one sweep on its own tokens makes of the committed
+potentials: they cannot lag behind a router that changes fast. With `"after"` no token is routed by potentials
+that its own batch has set, and a pass needs no collective whatever the scope.
 
 Shapes: T tokens, E experts, K choices a token.
 """
@@ -27,6 +28,9 @@ from ssr_deepspeed.ot import Solution, Sum, capacity_columns, plan_columns, solv
 from ssr_deepspeed.routing.plan import RoutePlan, compatibility
 from ssr_deepspeed.routing.rules import Batch, Choice, Rule
 
+# Of the mean column. An expert that nobody wants comes back in a few steps of at most 14 entropies.
+_LEAST_SHARE = 1e-6
+
 
 class Carried(Rule):
     """Potentials kept between steps, refreshed by one sweep on each, solved to the end on chosen ones."""
@@ -37,17 +41,20 @@ class Carried(Rule):
         # Column sums, or solved potentials and how many there are.
         self.sums = self._sums(experts + 1)
         self._counts = config.carried.polytope == "capacity"
+        # Every token asks every expert: nothing to balance.
+        self._takes_all = self._counts and k == experts
 
     def choose(self, logits_TE: Tensor, batch: Batch) -> Choice:
         choice = self.choose_frozen(logits_TE, potentials=True)
-        if self.config.carried.refresh == "after":
+        if self.config.carried.refresh == "after" or self._takes_all:
             return choice
         assert choice.scores_TE is not None
         if batch.transport:
             solution = self._solve(choice.scores_TE, batch.mask, batch.scope())
             return self._weighed(replace(choice, potentials_E=solution.potentials, solution=solution))
-        column_E, _ = self._columns(choice.scores_TE, batch.mask, batch.scope())
-        return self._weighed(replace(choice, potentials_E=self._swept(column_E).float()))
+        column_E, total = self._columns(choice.scores_TE, batch.mask), batch.scope()
+        potentials_E = self._swept(column_E if total is None else total(column_E)).float()
+        return self._weighed(replace(choice, potentials_E=potentials_E, column_E=column_E))
 
     def choose_frozen(self, logits_TE: Tensor, potentials: bool | None = None) -> Choice:
         config = self.config
@@ -60,7 +67,7 @@ class Carried(Rule):
 
     def _weighed(self, choice: Choice) -> Choice:
         """The choice with the plan's weights, if the configuration asks for them."""
-        if not self.config.weighs_by_plan or (self._counts and self.k == self.experts):
+        if not self.config.weighs_by_plan or self._takes_all:
             return choice
         if not self._counts:
             return replace(choice, by_plan=True)
@@ -70,36 +77,37 @@ class Carried(Rule):
 
     def observe(self, logits_TE: Tensor, choice: Choice, plan: RoutePlan, batch: Batch) -> None:
         assert self.sums is not None and choice.scores_TE is not None
+        if self._takes_all:
+            return
         if batch.transport:
             solution = choice.solution or self._solve(choice.scores_TE, batch.mask, batch.scope())
             self.sums[:-1] += solution.potentials
             self.sums[-1] += 1
         else:
-            self.sums[:-1] += self._columns(choice.scores_TE, batch.mask, None)[0]
+            column_E = choice.column_E
+            self.sums[:-1] += self._columns(choice.scores_TE, batch.mask) if column_E is None else column_E
 
     def commit(self, sums: Tensor, transport: bool) -> None:
         self._keep("potentials", sums[:-1] / sums[-1] if transport else self._swept(sums[:-1]))
 
-    def _columns(self, scores_TE: Tensor, mask: Tensor | None, reduce: Sum | None) -> tuple[Tensor, Tensor | None]:
-        """Column sums at the committed potentials; in the k-capacity plan also the row shifts."""
+    def _columns(self, scores_TE: Tensor, mask: Tensor | None) -> Tensor:
+        """Column sums of this rank's pass at the committed potentials."""
         potentials_E = self.state["potentials"]
         if self._counts:
-            return capacity_columns(scores_TE, self.config.xi, self.k, potentials_E, mask=mask, reduce=reduce)
-        return plan_columns(scores_TE, self.config.xi, potentials_E, mask=mask, reduce=reduce), None
+            return capacity_columns(scores_TE, self.config.xi, self.k, potentials_E, mask=mask)[0]
+        return plan_columns(scores_TE, self.config.xi, potentials_E, mask=mask)
 
     def _swept(self, column_E: Tensor) -> Tensor:
-        """The committed potentials after one damped sweep with these column sums."""
-        config, k, experts = self.config, self.k, self.experts
-        if self._counts and k == experts:
-            return self.state["potentials"].double()
-        if self._counts and 2 * k > experts:
+        """The committed potentials, fp64, after one damped sweep with these column sums."""
+        config, old_E = self.config, self.state["potentials"].double()
+        sign = 1
+        if self._counts and 2 * self.k > self.experts:
             # Many choices: the few experts that a token leaves out say more.
-            left_E = column_E.mean() * experts / k - column_E
-            step_E = left_E.log() - left_E.mean().log()
-        else:
-            step_E = column_E.mean().log() - column_E.log()
-        moved_E = self.state["potentials"].double() + config.carried.damping * config.xi * step_E
-        return moved_E - moved_E.mean()
+            column_E, sign = column_E.sum() / self.k - column_E, -1
+        share_E = (column_E / column_E.mean()).clamp_min(_LEAST_SHARE)
+        moved_E = old_E - sign * config.carried.damping * config.xi * share_E.log()
+        # A pass of padding alone has no shares.
+        return torch.where(torch.isfinite(moved_E).all(), moved_E - moved_E.mean(), old_E)
 
     def _solve(self, scores_TE: Tensor, mask: Tensor | None, reduce: Sum | None) -> Solution:
         solver = self.config.solver

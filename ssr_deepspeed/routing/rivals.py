@@ -32,16 +32,26 @@ class AuxiliaryLoss(Rule):
 
 
 class GlobalAuxiliaryLoss(AuxiliaryLoss):
-    """`global_auxiliary`: the same with f over this pass of all data-parallel ranks, one collective a pass.
+    """`global_auxiliary`: the same with f over all data-parallel ranks and this step's passes so far.
 
-    Source: Qiu et al., Demons in the detail, arXiv 2501.11873. Micro-batches of one optimizer step are not
-    summed as there: each pass sees its own.
+    One collective a pass. Source: Qiu et al., Demons in the detail, arXiv 2501.11873.
     """
 
+    def __init__(self, config: SSRConfig, experts: int, width: int, k: int, device: torch.device) -> None:
+        super().__init__(config, experts, width, k, device)
+        self.sums = self._sums(experts)
+
     def _demand(self, plan: RoutePlan, batch: Batch) -> Tensor:
+        assert self.sums is not None
+        demand_E = self.sums.float()
+        if not batch.recomputed:  # else it has been observed
+            demand_E = demand_E + plan.demand_E
         total = batch.everyone()
-        demand_E = plan.demand_E.float()
         return demand_E if total is None else total(demand_E)
+
+    def observe(self, logits_TE: Tensor, choice: Choice, plan: RoutePlan, batch: Batch) -> None:
+        assert self.sums is not None
+        self.sums += plan.demand_E
 
 
 class ZLoss(Rule):

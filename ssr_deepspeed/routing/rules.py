@@ -34,6 +34,8 @@ class Batch:
     """T entries; zero marks padding."""
     transport: bool
     """Whether the coin, or a trigger, made this a transport step."""
+    recomputed: bool
+    """Whether backward repeats a checkpointed pass, which has been observed before."""
     scope: Callable[[], Sum | None]
     """Gives the sum over the ranks balanced together, None for this rank alone."""
     everyone: Callable[[], Sum | None]
@@ -59,6 +61,8 @@ class Choice:
     """Row shifts of a k-capacity plan that weighs."""
     solution: Solution | None = None
     """Of a transport problem solved for this pass, for the monitor."""
+    column_E: Tensor | None = None
+    """Column sums of this rank's pass, where choosing took them already."""
 
 
 class Rule:
