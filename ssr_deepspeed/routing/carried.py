@@ -40,7 +40,7 @@ class Carried(Rule):
 
     def choose(self, logits_TE: Tensor, batch: Batch) -> Choice:
         choice = self.choose_frozen(logits_TE, potentials=True)
-        if self.config.carried.refresh == "after":
+        if self.config.carried.refresh == "after" or (self._counts and self.k == self.experts):
             return choice
         assert choice.scores_TE is not None
         if batch.transport:
@@ -70,6 +70,8 @@ class Carried(Rule):
 
     def observe(self, logits_TE: Tensor, choice: Choice, plan: RoutePlan, batch: Batch) -> None:
         assert self.sums is not None and choice.scores_TE is not None
+        if self._counts and self.k == self.experts:
+            return
         if batch.transport:
             solution = choice.solution or self._solve(choice.scores_TE, batch.mask, batch.scope())
             self.sums[:-1] += solution.potentials
@@ -90,14 +92,11 @@ class Carried(Rule):
     def _swept(self, column_E: Tensor) -> Tensor:
         """The committed potentials after one damped sweep with these column sums."""
         config, k, experts = self.config, self.k, self.experts
-        if self._counts and k == experts:
-            return self.state["potentials"].double()
         if self._counts and 2 * k > experts:
             # Many choices: the few experts that a token leaves out say more.
-            left_E = column_E.mean() * experts / k - column_E
-            step_E = left_E.log() - left_E.mean().log()
+            step_E = -_step(column_E.mean() * experts / k - column_E)
         else:
-            step_E = column_E.mean().log() - column_E.log()
+            step_E = _step(column_E)
         moved_E = self.state["potentials"].double() + config.carried.damping * config.xi * step_E
         return moved_E - moved_E.mean()
 
@@ -125,3 +124,14 @@ class Carried(Rule):
             initial=initial_E,
             reduce=reduce,
         )
+
+
+def _step(amount_E: Tensor) -> Tensor:
+    """`log(mean / amount)`, at most 16: a sum of fp32 plans tells no less than that share of the mean from nothing.
+
+    Without the bound an amount that has underflowed, or of what is left a rounded one below zero, would never be
+    committed. Where there is nothing at all, as with padding alone, no step.
+    """
+    share_E = amount_E / amount_E.mean()
+    share_E = torch.where(amount_E.sum() == 0, 1.0, share_E)
+    return -share_E.clamp_min(torch.finfo(torch.float32).eps).log()
