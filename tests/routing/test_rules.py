@@ -220,7 +220,7 @@ def test_the_gate_compiles_into_one_graph_under_every_rule(name, fresh_compiler)
     for _ in range(2):  # the committed state is no constant of the graph
         for a, b in zip(gate(x, None, True), compiled(x, None, True), strict=True):
             torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b))
-        torch.testing.assert_close(gate.ssr.rule.sums, other.ssr.rule.sums)
+        torch.testing.assert_close(gate.ssr.rule.sums, other.ssr.rule.sums, rtol=1e-6, atol=0)
         for one in (gate, other):
             one.commit()
     torch.testing.assert_close(gate.ssr.rule.state, other.ssr.rule.state)
@@ -239,7 +239,8 @@ def test_nothing_is_read_from_the_device_under_any_rule(block):
     with FakeTensorMode():
         gate = rule_gate(**block)
         assert gate(torch.randn(64, 8), torch.ones(64), True)[3].shape == (2, 64)
-        gate.commit()
+        if block["rule"] != "noisy":  # Adam's steps are on the CPU, but fake there too: see test_rivals
+            gate.commit()
         assert gate.eval()(torch.randn(64, 8), None, True)[3].shape == (2, 64)
 
 
