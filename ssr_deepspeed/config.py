@@ -293,7 +293,9 @@ class SSRConfig(Section):
         return super().from_dict(block, path)
 
     def probability_at(self, step: int) -> float:
-        """p at optimizer step `step` (counted from 0); 0 where a trigger decides."""
+        """p at optimizer step `step` (counted from 0); 0 where a trigger decides, or the rule tosses no coin."""
+        if self.rule not in RULES_OF_KEY["probability"]:
+            return 0.0
         if isinstance(self.probability, ProbabilitySchedule):
             return self.probability.at(step)
         return 0.0 if isinstance(self.probability, Trigger) else self.probability

@@ -2,7 +2,16 @@ import json
 
 import pytest
 
-from ssr_deepspeed.config import PRESETS, ProbabilitySchedule, SSRConfig, find_block
+from ssr_deepspeed.config import (
+    PRESETS,
+    RULES_OF_KEY,
+    CarriedConfig,
+    ProbabilitySchedule,
+    RuleName,
+    SSRConfig,
+    Trigger,
+    find_block,
+)
 
 
 def test_an_empty_block_gives_the_defaults():
@@ -53,6 +62,22 @@ def test_every_field_goes_through_json_and_back():
         ({"entropy": 10**400}, ["ssr.entropy", "finite"]),
         ({"monitor": {"interval": 10**6}}, ["ssr.monitor.interval", "0 to 1000"]),
         ([], ["ssr", "JSON object"]),
+        ({"rule": "caried"}, ["ssr.rule", "'caried'", "did you mean 'carried'?", "loss_free"]),
+        ({"rule": None}, ["ssr.rule", "None", "carried"]),
+        ({"probability": {"imbalanse": 0.5}}, ["ssr.probability", "imbalanse"]),
+        ({"probability": {"imbalance": 0}}, ["ssr.probability.imbalance", "0", "above 0"]),
+        ({"probability": {"imbalance": 0.5, "warmup": 1.0}}, ["unknown key ssr.probability.imbalance", "warmup"]),
+        ({"rule": "carried", "probability": {"imbalance": 0.5}}, ["ssr.probability", "a trigger", "capacity"]),
+        ({"rule": "capacity", "gradient": "implicit"}, ["ssr.gradient", "'implicit'", "partial", "capacity"]),
+        ({"weights": "plans"}, ["ssr.weights", "'plans'", "did you mean 'plan'?"]),
+        ({"carried": {"polytope": "masses"}}, ["ssr.carried.polytope", "'masses'", "did you mean 'mass'?"]),
+        ({"carried": {"refresh": "during"}}, ["ssr.carried.refresh", "'during'", "before"]),
+        ({"carried": {"damping": 0}}, ["ssr.carried.damping", "0", "at most 1"]),
+        ({"carried": {"damping": 1.5}}, ["ssr.carried.damping", "1.5", "at most 1"]),
+        ({"carried": {"dampening": 1.0}}, ["ssr.carried.dampening", "did you mean 'damping'?"]),
+        ({"carried": True}, ["ssr.carried", "True", "a JSON object"]),
+        ({"rate": 0}, ["ssr.rate", "0", "above 0"]),
+        ({"eval_potentials": 1}, ["ssr.eval_potentials", "1", "true or false"]),
     ],
 )
 def test_a_wrong_block_is_refused_by_name_value_and_what_is_allowed(block, words):
@@ -110,3 +135,87 @@ def test_deepspeeds_own_keys_are_no_misspelt_block():
         "zero",
     ]
     assert find_block({key: {} for key in keys}) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (0.5, float),
+        ({"imbalance": 0.5}, Trigger),
+        ({"warmup_steps": 5}, ProbabilitySchedule),
+        ({"warmup_steps": 5, "final": 0.1}, ProbabilitySchedule),
+    ],
+)
+def test_a_probability_is_a_number_a_schedule_or_a_trigger_and_goes_through_json_and_back(value, kind):
+    config = SSRConfig.from_dict({"probability": value})
+    assert type(config.probability) is kind
+    assert SSRConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("rule", RuleName.__args__)
+def test_every_rule_can_be_chosen_and_goes_through_json_and_back(rule):
+    block = {"rule": rule, "weights": "plan", "carried": {"polytope": "mass", "damping": 1}, "rate": 0.5}
+    config = SSRConfig.from_dict({**block, "eval_potentials": False})
+    assert config.rule == rule
+    assert config.carried == CarriedConfig(polytope="mass", damping=1.0)
+    assert SSRConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_only_rules_with_transport_steps_toss_a_coin():
+    tossing = [rule for rule in RuleName.__args__ if SSRConfig(rule=rule, probability=0.5).probability_at(0) == 0.5]
+    assert tossing == ["ssr", "capacity", "carried"]
+    assert SSRConfig(probability=Trigger(imbalance=0.5)).probability_at(0) == 0
+
+
+@pytest.mark.parametrize(
+    ("block", "xi"),
+    [
+        ({}, 1.0),
+        ({"rule": "s_base"}, 1.0),
+        ({"rule": "capacity"}, 0.3),
+        ({"rule": "carried"}, 0.3),
+        ({"rule": "carried", "carried": {"polytope": "mass"}}, 1.0),
+        ({"rule": "carried", "entropy": 0.7}, 0.7),
+        ({"rule": "capacity", "entropy": None}, 0.3),
+        ({"preset": "paper"}, 0.05),
+    ],
+)
+def test_the_entropy_in_use_is_the_one_given_or_the_polytopes_own(block, xi):
+    assert SSRConfig.from_dict(block).xi == xi
+
+
+@pytest.mark.parametrize(
+    ("block", "by_plan"),
+    [
+        ({}, True),
+        ({"weights": "softmax"}, False),
+        ({"rule": "capacity"}, False),
+        ({"rule": "carried"}, False),
+        ({"rule": "carried", "weights": "plan"}, True),
+        ({"rule": "carried", "weights": None}, False),
+    ],
+)
+def test_the_plan_weighs_under_ssr_and_the_softmax_under_rules_of_counts_unless_told_otherwise(block, by_plan):
+    assert SSRConfig.from_dict(block).weighs_by_plan is by_plan
+
+
+@pytest.mark.parametrize(
+    ("rule", "unused"),
+    [
+        ("ssr", ["carried", "eval_potentials", "rate"]),
+        ("capacity", ["carried", "eval_potentials", "rate"]),
+        ("carried", ["gradient", "rate"]),
+        ("quantile", sorted(set(RULES_OF_KEY) - {"eval_potentials"})),
+        ("loss_free", sorted(set(RULES_OF_KEY) - {"eval_potentials", "rate"})),
+        ("noisy", sorted(set(RULES_OF_KEY) - {"rate"})),
+        ("global_auxiliary", sorted(set(RULES_OF_KEY) - {"scope"})),
+        ("none", sorted(RULES_OF_KEY)),
+    ],
+)
+def test_keys_that_play_no_part_under_a_rule_are_named(rule, unused):
+    block = {**dict.fromkeys(RULES_OF_KEY), "rule": rule, "noise": {}, "overflow": "next", "monitor": {}}
+    assert SSRConfig(rule=rule).unused_keys(block) == unused
+
+
+def test_every_key_that_serves_some_rules_only_is_a_field():
+    assert set(RULES_OF_KEY) < set(SSRConfig().to_dict())

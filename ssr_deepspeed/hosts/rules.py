@@ -40,7 +40,8 @@ class RuleStates:
     ) -> None:
         self._config, self._gates = config, gates
         self._total = sum_over(data_parallel_group)
-        self._trigger = config.probability if isinstance(config.probability, Trigger) else None
+        measures = config.rule in ("ssr", "capacity")  # under other rules a trigger plays no part
+        self._trigger = config.probability if measures and isinstance(config.probability, Trigger) else None
         self._observing = [gate for gate in gates.values() if gate.ssr.rule.sums is not None]
         self._reads_at_once = device.type == "cpu"
         self._pending: tuple[Tensor, Any] | None = None
@@ -125,8 +126,10 @@ class RuleStates:
         wanted = {name: gate.ssr.rule.state for name, gate in self._gates.items() if gate.ssr.rule.state}
         if not wanted:
             return None
-        if saved is None or saved["rule"] != self._config.rule:
-            was = "no balancing rule's state" if saved is None else f'the state of rule "{saved["rule"]}"'
+        # A disabled run saves an empty state, a rule that keeps nothing one without layers.
+        if not saved or not saved["layers"] or saved["rule"] != self._config.rule:
+            none = not saved or not saved["layers"]
+            was = "no balancing rule's state" if none else f'the state of rule "{saved["rule"]}"'
             return f'the checkpoint has {was}: rule "{self._config.rule}" begins with its initial state'
         for name, state in wanted.items():
             theirs = saved["layers"].get(name, {})

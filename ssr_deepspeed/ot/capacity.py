@@ -169,11 +169,14 @@ def row_shifts(scaled_TE: Tensor, k: int, iterations: int = 60) -> Tensor:
     for _ in range(iterations):  # in 60 bisection alone halves fp32's whole mantissa twice over
         plan_TE = torch.sigmoid(scaled_TE - shift_T.unsqueeze(1))
         excess_T = plan_TE.sum(1) - k
-        if readable(excess_T) and bool((excess_T.abs() <= enough).all()):
+        found_T = excess_T.abs() <= enough
+        if readable(excess_T) and bool(found_T.all()):
             break
         low_T = torch.where(excess_T > 0, shift_T, low_T)
         high_T = torch.where(excess_T < 0, shift_T, high_T)
         newton_T = shift_T + excess_T / (plan_TE * (1 - plan_TE)).sum(1)
-        inside_T = (newton_T > low_T) & (newton_T < high_T)
-        shift_T = torch.where(inside_T, newton_T, (low_T + high_T) / 2)
+        # A step too small for the digits stays at an end of the bracket: that is no reason to bisect.
+        inside_T = (newton_T >= low_T) & (newton_T <= high_T)
+        moved_T = torch.where(inside_T, newton_T, (low_T + high_T) / 2)
+        shift_T = torch.where(found_T, shift_T, moved_T)
     return shift_T

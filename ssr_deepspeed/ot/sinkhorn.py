@@ -92,10 +92,13 @@ def column_sums(rows: Rows, entropy: float) -> Columns:
 
 
 def plan_columns(scores: Tensor, entropy: float, potentials: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Column sums `c [E]`, fp64, of the plan `softmax((C + g) / xi)`; scores, entropy and mask as for `solve`."""
+    """Column sums `c [E]`, fp64, of the plan `softmax((C + g) / xi)`; scores, entropy and mask as for `solve`.
+
+    Zero where no token takes part, so that such a batch adds nothing to the sums of others.
+    """
     with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
         rows = prepare(scores, entropy, mask, None)
-        return column_sums(rows, entropy)((potentials / entropy).to(rows.scores_TE))
+        return column_sums(rows, entropy)((potentials / entropy).to(rows.scores_TE)) - rows.blank
 
 
 def has_cheap_sweeps(rows: Rows, entropy: float) -> bool:

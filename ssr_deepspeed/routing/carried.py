@@ -28,8 +28,8 @@ from ssr_deepspeed.ot import Solution, Sum, capacity_columns, plan_columns, solv
 from ssr_deepspeed.routing.plan import RoutePlan, compatibility
 from ssr_deepspeed.routing.rules import Batch, Choice, Rule
 
-# Of the mean column. An expert that nobody wants comes back in a few steps of at most 14 entropies.
-_LEAST_SHARE = 1e-6
+# Of the mean column: a sum of fp32 plans tells no less from nothing. A step is at most 16 entropies.
+_LEAST_SHARE = torch.finfo(torch.float32).eps
 
 
 class Carried(Rule):

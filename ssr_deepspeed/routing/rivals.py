@@ -78,7 +78,8 @@ class NoisyTopK(Rule):
         self._noise_EM = self._zeros(experts, width).requires_grad_()
         self._adam = torch.optim.Adam([self._noise_EM], lr=config.rate)
         moments = {"mean": torch.zeros_like(self._noise_EM), "square": torch.zeros_like(self._noise_EM)}
-        self.state.update(noise=self._noise_EM.detach(), steps=self._zeros(), **moments)
+        # Adam reads its steps on the host: on the CPU that waits for no device.
+        self.state.update(noise=self._noise_EM.detach(), steps=torch.zeros(()), **moments)
         self._adam.state[self._noise_EM] = {
             "step": self.state["steps"],
             "exp_avg": self.state["mean"],

@@ -6,7 +6,9 @@ import scipy.optimize
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import ssr_deepspeed.ot.capacity
 from ssr_deepspeed.ot import solve_capacity
+from ssr_deepspeed.ot.capacity import row_shifts
 from tests.gloo import run_ranks
 from tests.ot.problems import problem
 
@@ -166,3 +168,22 @@ def test_three_ranks_with_unequal_and_no_tokens_give_one_processs_potentials(tmp
     shifts = torch.tensor([shift for _, theirs in shares for shift in theirs], dtype=torch.float64)
     used = torch.arange(96) % 7 != 0
     torch.testing.assert_close(shifts[used], whole.shifts[used], rtol=0, atol=1e-9)
+
+
+def _spread_rows(k):
+    """Rows of spread .1 to 100, then some with nothing near the k-th score; fp32."""
+    scores_TE = torch.randn(300, 8) * torch.logspace(-1, 2, 300).unsqueeze(1)
+    far_E = torch.where(torch.arange(8) < k, 60.0, -60.0)
+    return torch.cat([scores_TE, far_E.expand(5, 8), torch.zeros(5, 8)])
+
+
+@pytest.mark.parametrize("looks", [True, False])
+@pytest.mark.parametrize("iterations", [4, 60])
+@pytest.mark.parametrize("k", [1, 2, 4, 7])
+def test_rows_keep_the_shift_they_have_found_while_others_go_on(monkeypatch, k, iterations, looks):
+    """Also where the host does not look, and all rows go on to the end."""
+    monkeypatch.setattr(ssr_deepspeed.ot.capacity, "readable", lambda tensor: looks)
+    scaled_TE = _spread_rows(k)
+    shift_T = row_shifts(scaled_TE, k, iterations).double()
+    sum_T = torch.sigmoid(scaled_TE.double() - shift_T.unsqueeze(1)).sum(1)
+    assert (sum_T - k).abs().max() < 1e-4
