@@ -23,3 +23,6 @@ ARMS: dict[str, Arm] = {
     "none": Arm("no balancing", {"probability": 0.0}),
     "ssr": Arm("SSR, p = 0.01", {"probability": 0.01}),
 }
+
+BEST = ("topk_gate", "none", "ssr")
+"""Arms that the smaller tables compare."""

@@ -30,8 +30,8 @@ from ssr_deepspeed.monitor.sinks import JsonLines, read_json_lines
 Job = dict[str, Any]
 Work = Callable[[Job], dict[str, Any]]
 
-# Read when torch is imported, so a worker has them from its start.
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# Read when torch and DeepSpeed are imported, so a worker has them from its start.
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 def run_jobs(
@@ -97,7 +97,7 @@ class _Worker:
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(work, theirs), daemon=True)
-        with patch.dict(os.environ, _ONE_THREAD):
+        with patch.dict(os.environ, _ENVIRONMENT):
             self.process.start()
         theirs.close()  # so that the pipe ends when the process does
         self.job: Job | None = None

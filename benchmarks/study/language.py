@@ -1,0 +1,224 @@
+"""One run of the language-model study: a DeepSpeed engine of one rank, trained and measured.
+
+Shapes: W steps, E experts, S sources, N MoE layers.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import logger
+
+from benchmarks.corpora import Texts
+from benchmarks.study.gates import GateProbe, dead_experts, drop_rate, mutual_information
+from benchmarks.study.heldout import excerpt, plain, score, swap_words
+from ssr_deepspeed.hosts.engine import initialize
+from ssr_deepspeed.monitor import max_violation
+from ssr_deepspeed.pretrain.config import DataConfig, ModelConfig
+from ssr_deepspeed.pretrain.data import training_batches
+from ssr_deepspeed.pretrain.model import MoELanguageModel
+
+Job = dict[str, Any]
+
+LAST = 100
+"""Training steps at the end over which load is measured."""
+SWAPPED = (2.5, 5, 10)
+"""Percent of the held-out words."""
+CURVE_POINTS = 8
+# Bytes a source: of the final evaluation, of each share of swapped words, of a point of the curve.
+HELDOUT, SWAP_HELDOUT, CURVE_HELDOUT = 65_536, 16_384, 4_096
+SWAP_SEED = 0
+"""The same words are swapped for every arm and seed."""
+
+
+def train_on(job: Job, texts: Texts) -> dict[str, Any]:
+    """Train and measure one run.
+
+    Args:
+        job: `model` (keys of `ModelConfig`), `ssr` (the block), `auxiliary_loss`, `steps`,
+            `tokens_per_step`, `sequence_length`, `seed` (of weights, order of the text, coins).
+        texts: training and held-out text.
+
+    Returns:
+        `bits_per_byte`: held out, mean over sources; `bits_per_byte_by_source`; `swapped`: bits per
+        byte of the words left, by percent of words swapped, "0" on the same excerpt;
+        `max_vio_batch`, `max_vio_global`, `dead_experts`, `mutual_information` (bits; null for one
+        source): lists by layer, the first and third over the last 100 training steps;
+        `drop_rate`: share of routes without a slot, by capacity factor, if the demand of those
+        steps met it; `trained_drop_rate`: what those steps really dropped; `gate_time_share`:
+        forward of the gates, without their backward, over the steps' wall time;
+        `tokens_per_second`: of the median step; `curve`: `[step, training seconds, bits per byte]`
+        on a small part of the held-out text; `seconds`: of the whole run. Or, where the loss
+        became NaN or infinite: `diverged`, `step`, `seconds`.
+
+    Raises:
+        ValueError: settings that do not fit together.
+    """
+    began = time.perf_counter()
+    _check(job)
+    _join_group()
+    engine = _build_engine(job, texts.corpus.vocabulary)
+    probe = GateProbe({name: engine.ssr.gates[name] for name in engine.ssr.layers}, _last(job))
+    try:
+        run = _Run(job, texts, engine, probe)
+        result = run.measure() if run.train() else {"diverged": True, "step": engine.global_steps + 1}
+    finally:
+        probe.close()
+        engine.ssr.release()
+        engine.destroy()
+        del engine
+        gc.collect()
+    return result | {"seconds": round(time.perf_counter() - began, 2)}
+
+
+class _Run:
+    """The training loop and what it leaves to measure."""
+
+    def __init__(self, job: Job, texts: Texts, engine: DeepSpeedEngine, probe: GateProbe) -> None:
+        self.job, self.texts, self.engine, self.probe = job, texts, engine, probe
+        self.length, self.batch = job["sequence_length"], job["tokens_per_step"] // job["sequence_length"]
+        self.step_seconds: list[float] = []
+        self.curve: list[list[float]] = []
+
+    def train(self) -> bool:
+        """All steps; False if the loss became NaN or infinite."""
+        job, engine = self.job, self.engine
+        data = DataConfig(sequence_length=self.length, seed=job["seed"])
+        batches = training_batches(
+            self.texts.corpus, data, first_step=0, micro_batch=self.batch, accumulation=1, rank=0, ranks=1
+        )
+        points = {round(job["steps"] * (point + 1) / CURVE_POINTS) for point in range(CURVE_POINTS)}
+        engine.train()
+        for step in range(1, job["steps"] + 1):
+            began = time.perf_counter()
+            tokens_BL, labels_BL, _ = next(batches)
+            loss = engine(tokens_BL, labels_BL).loss
+            if not math.isfinite(float(loss.detach())):
+                return False
+            engine.backward(loss)
+            engine.step()
+            self.step_seconds.append(time.perf_counter() - began)
+            if step in points:
+                bits = statistics.fmean(self._score(CURVE_HELDOUT)[0].values())
+                self.curve.append([step, round(sum(self.step_seconds), 3), round(bits, 5)])
+        return True
+
+    def measure(self) -> dict[str, Any]:
+        """The result of a finished run, but for its seconds."""
+        bits, counts_SNE = self._score(HELDOUT)
+        swapped = {"0": statistics.fmean(self._score(SWAP_HELDOUT)[0].values())}
+        for percent in SWAPPED:
+            swapped[f"{percent:g}"] = statistics.fmean(self._score(SWAP_HELDOUT, percent)[0].values())
+        result = {
+            "bits_per_byte": statistics.fmean(bits.values()),
+            "bits_per_byte_by_source": bits,
+            "swapped": swapped,
+            "max_vio_global": max_violation(counts_SNE.sum(0).double()).tolist(),
+            "mutual_information": [mutual_information(counts_SE) for counts_SE in counts_SNE.unbind(1)],
+            "gate_time_share": self.probe.seconds / sum(self.step_seconds),
+            "tokens_per_second": round(self.job["tokens_per_step"] / statistics.median(self.step_seconds), 1),
+            "curve": self.curve,
+        }
+        return _rounded(result | self._load())
+
+    def _load(self) -> dict[str, Any]:
+        """Load and drops of the last training steps."""
+        layers = [self.engine.ssr.report["layers"][name] for name in self.engine.ssr.layers]
+        demand, top_k = self.probe.demand(), self.job["model"]["top_k"]
+        rates = {
+            f"{factor}": statistics.fmean(drop_rate(demand_WE, top_k, factor) for demand_WE in demand)
+            for factor in (1.0, 1.25)
+        }
+        return {
+            "max_vio_batch": [layer["max_vio"] for layer in layers],
+            "dead_experts": [dead_experts(demand_WE) for demand_WE in demand],
+            "drop_rate": rates,
+            "trained_drop_rate": statistics.fmean(layer["drop_rate"] for layer in layers),
+        }
+
+    def _score(self, size: int, swapped: float = 0) -> tuple[dict[str, float], torch.Tensor]:
+        """Bits per byte by source, and demand `[S, N, E]`."""
+        bits, counts = {}, []
+        for name, tokens in self.texts.heldout.items():
+            part = excerpt(tokens, size)
+            text = swap_words(part, swapped, SWAP_SEED) if swapped else plain(part)
+            bits[name], counts_NE = score(self.engine, text, self.length, self.batch)
+            counts.append(counts_NE)
+        return bits, torch.stack(counts)
+
+
+def _check(job: Job) -> None:
+    tokens, length = job["tokens_per_step"], job["sequence_length"]
+    if tokens % length:
+        raise ValueError(f"tokens_per_step = {tokens}; allowed: multiples of sequence_length = {length}")
+    if job["steps"] % _last(job):
+        raise ValueError(f"steps = {job['steps']}; allowed: below {LAST}, or a multiple of it")
+
+
+def _last(job: Job) -> int:
+    return min(LAST, job["steps"])
+
+
+def _join_group() -> None:
+    """A process group of one rank, once a process."""
+    logger.setLevel("ERROR")
+    if not dist.is_initialized():
+        # DeepSpeed compiles an operator with the ninja on the PATH; pip puts one beside the interpreter.
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed("gloo", verbose=False)
+
+
+def _build_engine(job: Job, vocabulary: int) -> DeepSpeedEngine:
+    """As the pretraining command builds it: fp32, ZeRO 0, AdamW without decay of the gains."""
+    torch.manual_seed(job["seed"])
+    config = ModelConfig(**job["model"], auxiliary_loss=job["auxiliary_loss"])
+    model = MoELanguageModel(config, vocabulary, job["seed"], ep_rank=0)
+    weights, decay = list(model.parameters()), 0.1
+    groups = [
+        {"name": "matrices", "params": [weight for weight in weights if weight.dim() >= 2], "weight_decay": decay},
+        {"name": "gains", "params": [weight for weight in weights if weight.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = {"lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": decay, "torch_adam": True}
+    # The proportions of configs/deepspeed/cpu.json.
+    schedule = {
+        "total_num_steps": job["steps"],
+        "warmup_num_steps": max(job["steps"] // 5, 2),
+        "warmup_type": "linear",
+        "cos_min_ratio": 0.05,
+    }
+    settings = {
+        "train_micro_batch_size_per_gpu": job["tokens_per_step"] // job["sequence_length"],
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "AdamW", "params": optimizer},
+        "scheduler": {"type": "WarmupCosineLR", "params": schedule},
+        "zero_optimization": {"stage": 0},
+        "ssr": {**job["ssr"], "seed": job["seed"], "monitor": {"interval": _last(job)}},
+    }
+    groups = split_params_into_different_moe_groups_for_optimizer(groups)
+    engine, *_ = initialize(
+        model=model, model_parameters=[group for group in groups if group["params"]], config=settings
+    )
+    return engine
+
+
+def _rounded(value: Any) -> Any:
+    """Six decimals are more than any difference here means."""
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
