@@ -54,14 +54,16 @@ def over_time(axes: Axes, arms: Arms, metric: str) -> bool:
 
 def against_balance(axes: Axes, arms: Arms, metric: str) -> bool:
     """Every run as a point, every arm's mean as a large one."""
+    drawn = False
     for (arm, runs), colour in zip(arms.items(), _colours(arms), strict=True):
-        points = [(run.value("max_vio_batch"), run.value(metric)) for run in runs]
-        balance, quality = zip(*points, strict=True)
-        axes.scatter(balance, quality, s=12, alpha=0.5, color=colour)
-        mean = statistics.fmean(balance), statistics.fmean(quality)
-        axes.scatter(*mean, s=60, color=colour, edgecolor="black", label=label(arm))
+        points = numpy.array([(run.value("max_vio_batch"), run.value(metric)) for run in runs])
+        points = points[numpy.isfinite(points).all(axis=1)]
+        if len(points):
+            axes.scatter(*points.T, s=12, alpha=0.5, color=colour)
+            axes.scatter(*points.mean(axis=0), s=60, color=colour, edgecolor="black", label=label(arm))
+            drawn = True
     axes.set(xlabel="MaxVio of a training batch, mean over layers", ylabel=_TITLES[metric])
-    return True
+    return drawn
 
 
 def over_swapped_words(axes: Axes, arms: Arms, metric: str) -> bool:
