@@ -19,7 +19,7 @@ from benchmarks.corpora import END
 from ssr_deepspeed.pretrain.data import Sequences
 from ssr_deepspeed.pretrain.model import IGNORED
 
-BLOCK = 4096
+BLOCK = 512
 """Bytes in one piece of an excerpt."""
 
 
@@ -34,7 +34,7 @@ class Scored:
 
 
 def excerpt(tokens: numpy.ndarray, size: int) -> numpy.ndarray:
-    """At most about `size` tokens: pieces of 4,096, or fewer if `size` is less, evenly spread over the text."""
+    """At most about `size` tokens: pieces of 512, or fewer if `size` is less, evenly spread over the text."""
     block = min(BLOCK, size)
     pieces = max(size // block, 1)
     if len(tokens) <= pieces * block:
