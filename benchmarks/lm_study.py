@@ -73,7 +73,7 @@ def _jobs(table: str, arms: Iterable[str], seeds: range, **settings: Any) -> Ite
     shape = {"tokens_per_step": 2048, "sequence_length": 128}
     for seed, arm in itertools.product(seeds, arms):
         chosen = {"ssr": ARMS[arm].block, "auxiliary_loss": ARMS[arm].auxiliary_loss}
-        yield {"table": table, "arm": arm, "seed": seed, **chosen, **shape, **settings}
+        yield {"table": table, "arm": arm, "seed": seed} | chosen | shape | settings
 
 
 def _compared() -> list[str]:
@@ -101,7 +101,8 @@ def _search() -> Iterator[Job]:
 
 def _quick() -> Iterator[Job]:
     model = {**SMALL, "width": 64, "expert_width": 128}
-    return _jobs("quick", BEST, range(2), corpus=SOURCES, model=model, steps=200)
+    # Smaller steps, so that there are enough of them for the models to have learnt more than letters.
+    return _jobs("quick", BEST, range(2), corpus=SOURCES, model=model, steps=600, tokens_per_step=1024)
 
 
 TABLES = {"main": _main, "sizes": _sizes, "corpora": _corpora, "search": _search, "quick": _quick}
