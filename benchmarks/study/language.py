@@ -132,7 +132,7 @@ class _Run:
             "bits_per_byte_by_source": bits,
             "swapped": swapped,
             "max_vio_global": max_violation(counts_SNE.sum(0).double()).tolist(),
-            "mutual_information": _between_sources(counts_SNE),
+            "mutual_information": between_sources(counts_SNE),
             "gate_time_share": self.gate_seconds / sum(self.step_seconds),
             "tokens_per_second": round(self.job["tokens_per_step"] / statistics.median(self.step_seconds), 1),
             "curve": self.curve,
@@ -151,7 +151,7 @@ class _Run:
         return bits, torch.stack(counts)
 
 
-def _between_sources(counts_SNE: torch.Tensor) -> list[float | None]:
+def between_sources(counts_SNE: torch.Tensor) -> list[float | None]:
     """Mutual information of source and expert by layer, sources weighed equally; None for one source."""
     if len(counts_SNE) < 2:
         return [None] * counts_SNE.shape[1]

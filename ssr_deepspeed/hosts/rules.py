@@ -128,8 +128,7 @@ class RuleStates:
             return None
         # A disabled run saves an empty state, a rule that keeps nothing one without layers.
         if not saved or not saved["layers"] or saved["rule"] != self._config.rule:
-            none = not saved or not saved["layers"]
-            was = "no balancing rule's state" if none else f'the state of rule "{saved["rule"]}"'
+            was = f'the state of rule "{saved["rule"]}"' if saved and saved["layers"] else "no balancing rule's state"
             return f'the checkpoint has {was}: rule "{self._config.rule}" begins with its initial state'
         for name, state in wanted.items():
             theirs = saved["layers"].get(name, {})

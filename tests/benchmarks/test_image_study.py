@@ -113,7 +113,11 @@ def _synthetic_digits(folder):
 def _jobs(**changes):
     model = {**MODEL, "width": 32, "heads": 2, "experts": 4, "expert_width": 16, "patch": 2}
     shape = {"table": "main", "data": "digits", "model": model, "steps": 60, "batch": 32, "seed": 3, **changes}
-    return [{**shape, "arm": arm} for arm in ("ssr", "topk_gate", "ssr")]
+    arms = [(name, ARMS[name]) for name in ("carried", "topk_gate", "carried")]
+    return [
+        {**shape, "arm": name, "ssr": arm.block_for(shape["steps"]), "auxiliary_loss": arm.auxiliary_loss}
+        for name, arm in arms
+    ]
 
 
 def _work_on(cache):

@@ -6,13 +6,12 @@ import math
 import numpy
 import pytest
 import torch
-from benchmarks.study.gates import dead_experts, drop_rate, mutual_information
 
 from benchmarks import corpora
 from benchmarks.lm_study import TABLES, main
 from benchmarks.study.arms import ARMS
 from benchmarks.study.heldout import excerpt, plain, swap_words
-from benchmarks.study.language import train_on
+from benchmarks.study.language import between_sources, train_on
 from tests.gloo import run_ranks
 
 MODEL = {"layers": 2, "width": 16, "heads": 2, "experts": 4, "top_k": 2, "expert_width": 16, "capacity_factor": 1.25}
@@ -29,13 +28,13 @@ def texts():
 
 
 def job(arm, steps=8, **changes):
-    chosen = {"ssr": ARMS[arm].block, "auxiliary_loss": ARMS[arm].auxiliary_loss}
+    chosen = {"ssr": ARMS[arm].block_for(steps), "auxiliary_loss": ARMS[arm].auxiliary_loss}
     shape = {"tokens_per_step": 64, "sequence_length": 16, "steps": steps, "seed": 1}
     return {"table": "main", "arm": arm, "model": MODEL, **chosen, **shape, **changes}
 
 
 def several_runs():
-    settings = [job("topk_gate"), job("ssr", ssr={"probability": 1.0}), job("ssr", ssr={"probability": 1.0})]
+    settings = [job("topk_gate"), job("ssr_full"), job("ssr_full")]
     return [train_on(one, texts()) for one in settings]
 
 
@@ -78,10 +77,9 @@ def test_a_loss_that_is_not_finite_is_a_result(tmp_path):
     assert result["diverged"] is True and result["step"] == 1 and "bits_per_byte" not in result
 
 
-@pytest.mark.parametrize("changes", [{"tokens_per_step": 60}, {"steps": 150}])
-def test_settings_that_do_not_fit_are_refused(changes):
+def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="allowed"):
-        train_on(job("none", **changes), texts())
+        train_on(job("none", tokens_per_step=60), texts())
 
 
 def test_swapping_replaces_whole_words_and_scores_only_the_others():
@@ -117,21 +115,12 @@ def test_an_excerpt_is_spread_over_the_text():
     assert plain(part).counts.all()
 
 
-def test_mutual_information_of_a_known_table():
-    assert mutual_information(torch.tensor([[5, 0], [0, 900]])) == pytest.approx(1.0)  # sources weigh equally
-    assert mutual_information(torch.tensor([[3, 1], [300, 100]])) == pytest.approx(0.0, abs=1e-12)
+def test_sources_weigh_equally_in_the_information_between_source_and_expert():
+    counts_SNE = torch.tensor([[[5, 0], [3, 1]], [[0, 900], [300, 100]]])
+    assert between_sources(counts_SNE) == pytest.approx([1.0, 0.0], abs=1e-6)
     # Experts in all 3/4 and 1/4: H = 0.811278; half of the routes (source two) are split evenly: 1 bit.
-    assert mutual_information(torch.tensor([[4, 0], [2, 2]])) == pytest.approx(0.811278 - 0.5, abs=1e-6)
-    assert mutual_information(torch.tensor([[1, 2]])) is None
-
-
-def test_drops_and_dead_experts_of_known_demand():
-    # 8 tokens, top 2, 4 experts: 4 slots at factor 1, 5 at 1.25.
-    demand = torch.tensor([[8, 4, 4, 0], [4, 4, 4, 4]]).double()
-    assert drop_rate(demand, 2, 1.0) == pytest.approx(4 / 32)
-    assert drop_rate(demand, 2, 1.25) == pytest.approx(3 / 32)
-    assert dead_experts(demand) == 0
-    assert dead_experts(demand[:1]) == 1
+    assert between_sources(torch.tensor([[[4, 0]], [[2, 2]]])) == pytest.approx([0.811278 - 0.5], abs=1e-6)
+    assert between_sources(torch.tensor([[[1, 2], [3, 4]]])) == [None, None]
 
 
 def test_held_out_documents_are_whole_and_no_long_book_is_among_them():
