@@ -227,13 +227,3 @@ def test_padding_alone_gives_finite_gradients_also_where_the_plan_weighs(polytop
     assert not logits.grad.any()
     gate.commit()
     assert potentials_of(gate).abs().max() < 1e-6
-
-
-def test_the_state_in_use_is_not_changed_under_a_pass_whose_gradient_is_still_to_come():
-    gate = carried_gate("mass", weights="plan")
-    logits = skewed(40, 6).requires_grad_()
-    weights_TE = routed(gate, logits)[0]
-    (expected,) = torch.autograd.grad(weights_TE.square().sum(), logits, retain_graph=True)
-    gate.commit()
-    (after,) = torch.autograd.grad(weights_TE.square().sum(), logits)
-    assert torch.equal(expected, after)
