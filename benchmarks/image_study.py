@@ -2,7 +2,7 @@
 
     python -m benchmarks.image_study --results benchmarks/results/image_study.jsonl --tables main --workers 2
     python -m benchmarks.image_study --tables quick          # a few arms and seeds, under 3 minutes on 2 cores
-    python -m benchmarks.image_study --tables main --arms ssr topk_gate --data digits --seeds 0 --minutes 10
+    python -m benchmarks.image_study --tables main --arms carried topk_gate --data digits --seeds 0 --minutes 10
 
 Each run trains a DeepSpeed engine of one process on Fashion-MNIST (about a minute) or on scikit-learn's
 digits (a quarter of that), without augmentation, and ends with accuracy on clean and corrupted test
@@ -41,7 +41,7 @@ from deepspeed.utils import logger
 from torch import Tensor
 
 from benchmarks.study import measure
-from benchmarks.study.arms import ARMS
+from benchmarks.study.arms import ARMS, COMPARED, QUICK
 from benchmarks.study.images import CLASSES, CORRUPTIONS, LEVELS, NAMES, Images, corrupt, load_images
 from benchmarks.study.jobs import Job, run_jobs
 from benchmarks.study.vision import VisionConfig, VisionTransformer
@@ -81,8 +81,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """By table and data set: what a job holds beside its arm and seed."""
-SEEDS = {"main": (0, 1, 2), "quick": (0, 1)}
-QUICK_ARMS = ("topk_gate", "none", "ssr")
+SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,9 @@ def study_jobs(tables: list[str], arms: list[str] | None, seeds: list[int] | Non
             "seed": seed,
         }
         for table in tables
-        for seed in (SEEDS[table] if seeds is None else seeds)
+        for seed in (SEEDS if seeds is None else seeds)
         for name in data
-        for arm in arms or (QUICK_ARMS if table == "quick" else ARMS)
+        for arm in arms or (QUICK if table == "quick" else COMPARED)
     ]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.corpora import SOURCES, corpus
-from benchmarks.study.arms import ARMS, BEST
+from benchmarks.study.arms import ARMS, BEST, COMPARED, MICRO, QUICK, SEARCH
 from benchmarks.study.jobs import run_jobs
 from benchmarks.study.language import Job, train_on
 
@@ -76,12 +76,8 @@ def _jobs(table: str, arms: Iterable[str], seeds: range, **settings: Any) -> Ite
         yield {"table": table, "arm": arm, "seed": seed} | chosen | shape | settings
 
 
-def _compared() -> list[str]:
-    return [name for name in ARMS if not name.startswith("search/")]
-
-
 def _main() -> Iterator[Job]:
-    return _jobs("main", _compared(), range(3), corpus=SOURCES, model=SMALL, steps=STEPS)
+    return _jobs("main", COMPARED, range(3), corpus=SOURCES, model=SMALL, steps=STEPS)
 
 
 def _sizes() -> Iterator[Job]:
@@ -94,18 +90,29 @@ def _corpora() -> Iterator[Job]:
         yield from _jobs("corpora", BEST, range(3), corpus=names, model=SMALL, steps=STEPS)
 
 
+def _micro() -> Iterator[Job]:
+    """Where the global auxiliary loss differs from the plain one: several micro-batches a step."""
+    return _jobs("micro", MICRO, range(3), corpus=SOURCES, model=SMALL, steps=STEPS, micro_batches=4)
+
+
 def _search() -> Iterator[Job]:
-    arms = [name for name in ARMS if name.startswith("search/")]
-    return _jobs("search", arms, range(1), corpus=("sotu",), model=SMALL, steps=300)
+    return _jobs("search", SEARCH, range(2), corpus=("sotu",), model=SMALL, steps=300)
 
 
 def _quick() -> Iterator[Job]:
     model = {**SMALL, "width": 64, "expert_width": 128}
     # Smaller steps, so that there are enough of them for the models to have learnt more than letters.
-    return _jobs("quick", BEST, range(2), corpus=SOURCES, model=model, steps=600, tokens_per_step=1024)
+    return _jobs("quick", QUICK, range(3), corpus=SOURCES, model=model, steps=600, tokens_per_step=1024)
 
 
-TABLES = {"main": _main, "sizes": _sizes, "corpora": _corpora, "search": _search, "quick": _quick}
+TABLES = {
+    "main": _main,
+    "sizes": _sizes,
+    "corpora": _corpora,
+    "micro": _micro,
+    "search": _search,
+    "quick": _quick,
+}
 
 
 def train(job: Job) -> dict[str, Any]:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "ssr_deepspeed"
 
 # A module may import from its own layer's package and from layers above it in this list.
 LAYERS = [
-    ["kernels"],
+    ["kernels", "section"],
     ["config", "ot", "files"],
     ["collectives"],
     ["routing"],

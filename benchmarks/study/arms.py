@@ -39,8 +39,9 @@ _MASS_BEFORE = {"polytope": "mass", "refresh": "before"}
 
 ARMS: dict[str, Arm] = {
     "topk_gate": Arm("TopKGate, auxiliary loss 0.01", {"enabled": False}, auxiliary_loss=0.01),
-    "none": Arm("none", {"rule": "none"}),
+    "none": Arm("no balancing", {"rule": "none"}),
     "auxiliary": Arm("auxiliary loss 0.01", {"rule": "auxiliary"}, auxiliary_loss=0.01),
+    "global_auxiliary": Arm("global auxiliary loss 0.01", {"rule": "global_auxiliary"}, auxiliary_loss=0.01),
     "quantile": Arm("Quantile Balancing", {"rule": "quantile"}),
     "s_base": Arm("S-BASE", {"rule": "s_base", "entropy": 1.0}),
     "loss_free": Arm("loss-free bias", {"rule": "loss_free"}),
@@ -81,3 +82,49 @@ ARMS: dict[str, Arm] = {
 
 BEST = ("auxiliary", "quantile", "ssr_warmup", "carried")
 """The arms of the further tables: the strongest rivals and ours."""
+
+COMPARED = tuple(name for name in ARMS if name != "global_auxiliary")
+"""The arms of the main tables. In one micro-batch of one rank the global auxiliary loss is the plain one."""
+
+QUICK = ("none", *BEST)
+"""What the quick tables rerun."""
+
+MICRO = ("auxiliary", "global_auxiliary", "quantile", "carried", "carried_after")
+"""What several micro-batches a step may change."""
+
+
+def _carried(label: str, refresh: str = "before", polytope: str = "capacity", **changes: Any) -> Arm:
+    block = {"rule": "carried", "probability": 0.0, "entropy": 0.3, **changes}
+    return Arm(label, {**block, "carried": {"polytope": polytope, "refresh": refresh, **changes.get("carried", {})}})
+
+
+def _ssr(label: str, gradient: str, schedule: dict[str, float], **changes: Any) -> Arm:
+    return Arm(label, {"rule": "ssr", "probability": schedule, "entropy": 1.0, "gradient": gradient, **changes})
+
+
+# The search for settings of our own rules. Its names are the variations it tries.
+SEARCH: dict[str, Arm] = {
+    "search/before": _carried("before"),
+    "search/after": _carried("after", "after"),
+    "search/xi_0.1": _carried("before, xi 0.1", entropy=0.1),
+    "search/xi_1": _carried("before, xi 1", entropy=1.0),
+    "search/damped": _carried("before, damping 0.5", carried={"damping": 0.5}),
+    "search/after_warmup": _carried("after, warm-up of full solves", "after", probability=_SHORT),
+    "search/before_warmup": _carried("before, warm-up of full solves", probability=_SHORT),
+    "search/before_solved": _carried("before, solved at every step", probability=1.0),
+    "search/plan": _carried("before, the plan weighs", weights="plan"),
+    "search/mass": _carried("before, row mass 1, xi 1", polytope="mass", entropy=1.0),
+    "search/mass_xi_0.3": _carried("before, row mass 1, xi 0.3", polytope="mass", entropy=0.3),
+    "search/mass_plan": _carried("before, row mass 1, the plan weighs", polytope="mass", entropy=1.0, weights="plan"),
+    "search/mass_after": _carried("after, row mass 1, xi 1", "after", polytope="mass", entropy=1.0),
+    "search/softmax_scores": _carried("before, of the softmax, xi 0.03", cost="softmax", entropy=0.03),
+    "search/noise": _carried("before, noise 0.3", noise={"scale": 0.3, "steps": "both"}),
+    "search/quantile": Arm("Quantile Balancing", {"rule": "quantile"}),
+    "search/ssr": _ssr("SSR, warm-up 30 %, implicit", "implicit", _SLOW),
+    "search/ssr_short": _ssr("SSR, warm-up 20 %, implicit", "implicit", _SHORT),
+    "search/ssr_partial": _ssr("SSR, warm-up 30 %, partial", "partial", _SLOW),
+    "search/ssr_detach": _ssr("SSR, warm-up 30 %, detached", "detach", _SLOW),
+    "search/ssr_xi_0.5": _ssr("SSR, warm-up 30 %, implicit, xi 0.5", "implicit", _SLOW, entropy=0.5),
+    "search/ssr_noise": _ssr("SSR, warm-up, implicit, noise 0.3", "implicit", _SLOW, noise={"scale": 0.3}),
+}
+ARMS |= SEARCH

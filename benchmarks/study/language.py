@@ -50,7 +50,8 @@ def train_on(job: Job, texts: Texts) -> dict[str, Any]:
 
     Args:
         job: `model` (keys of `ModelConfig`), `ssr` (the block), `auxiliary_loss`, `steps`,
-            `tokens_per_step`, `sequence_length`, `seed` (of weights, order of the text, coins).
+            `tokens_per_step`, `sequence_length`, `seed` (of weights, order of the text, coins), and
+            `micro_batches` of a step, 1 if not given.
         texts: training and held-out text.
 
     Returns:
@@ -90,7 +91,8 @@ class _Run:
 
     def __init__(self, job: Job, texts: Texts, engine: DeepSpeedEngine, watch: GateWatch) -> None:
         self.job, self.texts, self.engine, self.watch = job, texts, engine, watch
-        self.length, self.batch = job["sequence_length"], job["tokens_per_step"] // job["sequence_length"]
+        self.length, self.micro_batches = job["sequence_length"], job.get("micro_batches", 1)
+        self.batch = job["tokens_per_step"] // self.micro_batches // self.length
         self.step_seconds: list[float] = []
         self.gate_seconds = 0.0
         self.last: deque[Passes] = deque(maxlen=LAST)
@@ -101,18 +103,25 @@ class _Run:
         job, engine = self.job, self.engine
         data = DataConfig(sequence_length=self.length, seed=job["seed"])
         batches = training_batches(
-            self.texts.corpus, data, first_step=0, micro_batch=self.batch, accumulation=1, rank=0, ranks=1
+            self.texts.corpus,
+            data,
+            first_step=0,
+            micro_batch=self.batch,
+            accumulation=self.micro_batches,
+            rank=0,
+            ranks=1,
         )
         points = {round(job["steps"] * (point + 1) / CURVE_POINTS) for point in range(CURVE_POINTS)}
         engine.train()
         for step in range(1, job["steps"] + 1):
             began = time.perf_counter()
-            tokens_BL, labels_BL, _ = next(batches)
-            loss = engine(tokens_BL, labels_BL).loss
-            if not math.isfinite(float(loss.detach())):
-                return False
-            engine.backward(loss)
-            engine.step()
+            for _ in range(self.micro_batches):
+                tokens_BL, labels_BL, _ = next(batches)
+                loss = engine(tokens_BL, labels_BL).loss
+                if not math.isfinite(float(loss.detach())):
+                    return False
+                engine.backward(loss)
+                engine.step()
             self.step_seconds.append(time.perf_counter() - began)
             self.last.append(self.watch.take())
             self.gate_seconds += self.last[-1].gate_seconds
@@ -159,9 +168,9 @@ def between_sources(counts_SNE: torch.Tensor) -> list[float | None]:
 
 
 def _check(job: Job) -> None:
-    tokens, length = job["tokens_per_step"], job["sequence_length"]
-    if tokens % length:
-        raise ValueError(f"tokens_per_step = {tokens}; allowed: multiples of sequence_length = {length}")
+    tokens, least = job["tokens_per_step"], job["sequence_length"] * job.get("micro_batches", 1)
+    if tokens % least:
+        raise ValueError(f"tokens_per_step = {tokens}; allowed: multiples of sequence_length * micro_batches = {least}")
 
 
 def _join_group() -> None:
@@ -194,7 +203,10 @@ def _build_engine(job: Job, vocabulary: int) -> DeepSpeedEngine:
         "cos_min_ratio": 0.05,
     }
     settings = {
-        "train_micro_batch_size_per_gpu": job["tokens_per_step"] // job["sequence_length"],
+        "train_micro_batch_size_per_gpu": job["tokens_per_step"]
+        // job.get("micro_batches", 1)
+        // job["sequence_length"],
+        "gradient_accumulation_steps": job.get("micro_batches", 1),
         "gradient_clipping": 1.0,
         "optimizer": {"type": "AdamW", "params": optimizer},
         "scheduler": {"type": "WarmupCosineLR", "params": schedule},

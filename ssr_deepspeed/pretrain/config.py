@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ssr_deepspeed.config import Section, SSRConfig, find_block, require
+from ssr_deepspeed.config import SSRConfig, find_block
+from ssr_deepspeed.section import Section, require
 
 Checkpointing = Literal["none", "reentrant", "non_reentrant", "deepspeed"]
 

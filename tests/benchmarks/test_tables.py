@@ -31,7 +31,11 @@ def write(path, records):
 
 
 def test_a_later_record_of_the_same_run_replaces_the_earlier(tmp_path):
-    records = [record("ssr", 0, 3.0), record("ssr", 0, 2.0, ssr={"probability": 0.5}), record("ssr", 1, 2.5)]
+    records = [
+        record("ssr_rare", 0, 3.0),
+        record("ssr_rare", 0, 2.0, ssr={"probability": 0.5}),
+        record("ssr_rare", 1, 2.5),
+    ]
     runs = read_runs(write(tmp_path / "r.jsonl", records))
     assert [(run.seed, run.value("bits_per_byte")) for run in runs] == [(0, 2.0), (1, 2.5)]
     assert runs[0].value("max_vio_batch") == 1.0 and runs[0].value("swapped", "10") == pytest.approx(2.1)
@@ -43,7 +47,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path):
 
 
 def test_differences_are_paired_by_seed(tmp_path):
-    bits = {"none": (2.0, 3.0, 4.0), "ssr": (1.9, 2.8, 3.7, 9.0)}
+    bits = {"none": (2.0, 3.0, 4.0), "ssr_rare": (1.9, 2.8, 3.7, 9.0)}
     records = [record(arm, seed, value) for arm, values in bits.items() for seed, value in enumerate(values)]
     runs = read_runs(write(tmp_path / "r.jsonl", records))
     found = paired(runs[3:], runs[:3], "bits_per_byte")
@@ -54,10 +58,10 @@ def test_differences_are_paired_by_seed(tmp_path):
 
 
 def test_tables_and_plots_of_language_and_image_records(tmp_path, capsys):
-    runs = [record(arm, seed, 2 + seed + (arm == "ssr")) for arm in ("none", "ssr") for seed in range(2)]
+    runs = [record(arm, seed, 2 + seed + (arm == "ssr_rare")) for arm in ("none", "ssr_rare") for seed in range(2)]
     diverged = {"job": record("topk_gate", 0, 0)["job"], "result": {"diverged": True, "step": 3, "seconds": 1.0}}
     write(tmp_path / "lm.jsonl", [*runs, diverged])
-    write(tmp_path / "pictures.jsonl", [image(arm, 0, 0.75) for arm in ("none", "ssr")])
+    write(tmp_path / "pictures.jsonl", [image(arm, 0, 0.75) for arm in ("none", "ssr_rare")])
     tables.main(["--results", str(tmp_path)])
     text = capsys.readouterr().out
     assert "## main: corpus sotu, layers 2" in text
@@ -89,7 +93,7 @@ def test_signs_must_agree_where_both_studies_are_sure(quick, full, says, tmp_pat
     files = []
     for table, gains in (("quick", quick), ("main", full)):
         records = [record("none", seed, 2.0, 1.5, table) for seed in range(len(gains))]
-        records += [record("ssr", seed, 2.0 + gain, 1.5, table) for seed, gain in enumerate(gains)]
+        records += [record("ssr_rare", seed, 2.0 + gain, 1.5, table) for seed, gain in enumerate(gains)]
         records += [record("topk_gate", 0, 5.0, 1.5, table)] if table == "main" else []
         files.append(str(write(tmp_path / f"{table}.jsonl", records)))
     if says == "contradict":
@@ -103,7 +107,7 @@ def test_signs_must_agree_where_both_studies_are_sure(quick, full, says, tmp_pat
 
 
 def test_agreement_needs_two_arms_on_the_same_data(tmp_path):
-    quick = write(tmp_path / "q.jsonl", [image("none", 0, 0.5, "quick"), image("ssr", 0, 0.5, "quick")])
+    quick = write(tmp_path / "q.jsonl", [image("none", 0, 0.5, "quick"), image("ssr_rare", 0, 0.5, "quick")])
     full = write(tmp_path / "f.jsonl", [image("none", 0, 0.5)])
     with pytest.raises(SystemExit, match="no two arms"):
         agreement.main([str(quick), str(full)])
