@@ -70,61 +70,77 @@ def train_on(job: Job, texts: Texts) -> dict[str, Any]:
         ValueError: settings that do not fit together.
     """
     began = time.perf_counter()
-    _check(job)
-    _join_group()
-    engine = _build_engine(job, texts.corpus.vocabulary)
-    watch = GateWatch(engine.ssr.gates[name] for name in engine.ssr.layers)
+    run = StudyRun(job, texts)
     try:
-        run = _Run(job, texts, engine, watch)
-        result = run.measure() if run.train() else {"diverged": True, "step": engine.global_steps + 1}
+        result = run.measure() if run.train() else {"diverged": True, "step": len(run.step_seconds) + 1}
     finally:
-        watch.close()
-        engine.ssr.release()
-        engine.destroy()
-        del engine
-        gc.collect()
+        run.close()
     return result | {"seconds": round(time.perf_counter() - began, 2)}
 
 
-class _Run:
-    """The training loop and what it leaves to measure."""
+class StudyRun:
+    """An engine of one rank, its text, and what its steps leave to measure.
 
-    def __init__(self, job: Job, texts: Texts, engine: DeepSpeedEngine, watch: GateWatch) -> None:
-        self.job, self.texts, self.engine, self.watch = job, texts, engine, watch
+    Args:
+        job, texts: as for `train_on`.
+
+    Raises:
+        ValueError: settings that do not fit together.
+    """
+
+    def __init__(self, job: Job, texts: Texts) -> None:
+        _check(job)
+        _join_group()
+        self.job, self.texts = job, texts
+        self.engine = _build_engine(job, texts.corpus.vocabulary)
+        self.watch = GateWatch(self.engine.ssr.gates[name] for name in self.engine.ssr.layers)
         self.length, self.micro_batches = job["sequence_length"], job.get("micro_batches", 1)
         self.batch = job["tokens_per_step"] // self.micro_batches // self.length
         self.step_seconds: list[float] = []
         self.gate_seconds = 0.0
         self.last: deque[Passes] = deque(maxlen=LAST)
         self.curve: list[list[float]] = []
-
-    def train(self) -> bool:
-        """All steps; False if the loss became NaN or infinite."""
-        job, engine = self.job, self.engine
-        data = DataConfig(sequence_length=self.length, seed=job["seed"])
-        batches = training_batches(
-            self.texts.corpus,
-            data,
+        self._batches = training_batches(
+            texts.corpus,
+            DataConfig(sequence_length=self.length, seed=job["seed"]),
             first_step=0,
             micro_batch=self.batch,
             accumulation=self.micro_batches,
             rank=0,
             ranks=1,
         )
-        points = {round(job["steps"] * (point + 1) / CURVE_POINTS) for point in range(CURVE_POINTS)}
-        engine.train()
-        for step in range(1, job["steps"] + 1):
-            began = time.perf_counter()
-            for _ in range(self.micro_batches):
-                tokens_BL, labels_BL, _ = next(batches)
-                loss = engine(tokens_BL, labels_BL).loss
-                if not math.isfinite(float(loss.detach())):
-                    return False
-                engine.backward(loss)
-                engine.step()
-            self.step_seconds.append(time.perf_counter() - began)
-            self.last.append(self.watch.take())
-            self.gate_seconds += self.last[-1].gate_seconds
+        self.engine.train()
+
+    def close(self) -> None:
+        """Give the engine's memory back; several runs follow each other in one process."""
+        self.watch.close()
+        self.engine.ssr.release()
+        self.engine.destroy()
+        del self.engine
+        gc.collect()
+
+    def step(self) -> bool:
+        """One optimizer step; False, before it, if the loss is NaN or infinite."""
+        began = time.perf_counter()
+        for _ in range(self.micro_batches):
+            tokens_BL, labels_BL, _ = next(self._batches)
+            loss = self.engine(tokens_BL, labels_BL).loss
+            if not math.isfinite(float(loss.detach())):
+                return False
+            self.engine.backward(loss)
+            self.engine.step()
+        self.step_seconds.append(time.perf_counter() - began)
+        self.last.append(self.watch.take())
+        self.gate_seconds += self.last[-1].gate_seconds
+        return True
+
+    def train(self) -> bool:
+        """All steps; False if the loss became NaN or infinite."""
+        steps = self.job["steps"]
+        points = {round(steps * (point + 1) / CURVE_POINTS) for point in range(CURVE_POINTS)}
+        for step in range(1, steps + 1):
+            if not self.step():
+                return False
             if step in points:
                 bits = statistics.fmean(self._score(CURVE_HELDOUT)[0].values())
                 self.curve.append([step, round(sum(self.step_seconds), 3), round(bits, 5)])

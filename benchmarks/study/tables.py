@@ -89,7 +89,7 @@ def averages(arms: dict[str, list[Run]]) -> Iterator[str]:
     for arm, runs in arms.items():
         diverged = sum(bool(run.result.get("diverged")) for run in runs)
         seeds = f"{len(runs)}, {diverged} diverged" if diverged else f"{len(runs)}"
-        yield _row(label(arm), seeds, *(_mean_and_deviation(runs, column) for column in shown))
+        yield row(label(arm), seeds, *(_mean_and_deviation(runs, column) for column in shown))
 
 
 def differences(arms: dict[str, list[Run]], reference: str) -> Iterator[str]:
@@ -101,7 +101,7 @@ def differences(arms: dict[str, list[Run]], reference: str) -> Iterator[str]:
             continue
         found = [(column, paired(runs, arms[reference], *column.path)) for column in shown]
         cells = [_plus_minus(f.mean, f.error, c, "+") for c, f in found]
-        yield _row(label(arm), str(found[0][1].seeds) if found else "0", *cells)
+        yield row(label(arm), str(found[0][1].seeds) if found else "0", *cells)
 
 
 def _mean_and_deviation(runs: list[Run], column: Column) -> str:
@@ -135,10 +135,11 @@ def _plain(value: object) -> str:
 
 
 def _head(*titles: str) -> Iterable[str]:
-    return _row(*titles), "|" + "---|" * len(titles)
+    return row(*titles), "|" + "---|" * len(titles)
 
 
-def _row(*cells: str) -> str:
+def row(*cells: str) -> str:
+    """A line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 

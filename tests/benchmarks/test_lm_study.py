@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import corpora
 from benchmarks.lm_study import TABLES, main
+from benchmarks.step_speed import time_steps
 from benchmarks.study.arms import ARMS
 from benchmarks.study.heldout import excerpt, plain, swap_words
 from benchmarks.study.language import between_sources, train_on
@@ -70,6 +71,19 @@ def test_runs_follow_each_other_in_one_process_and_equal_jobs_give_equal_results
     assert {k: first[k] for k in ("bits_per_byte", "swapped", "max_vio_batch")} == {
         k: second[k] for k in ("bits_per_byte", "swapped", "max_vio_batch")
     }
+
+
+def steps_in_turn():
+    shape = {"model": MODEL, "tokens_per_step": 64, "sequence_length": 16, "seed": 1}
+    return time_steps(["none", "carried"], 2, 3, texts(), shape)
+
+
+def test_steps_of_several_arms_are_timed_in_turn(tmp_path):
+    (found,) = run_ranks(1, steps_in_turn, folder=tmp_path)
+    assert list(found) == ["none", "carried"]
+    for seconds, gates in found.values():
+        assert len(seconds) == len(gates) == 3
+        assert all(0 < gate < step for gate, step in zip(gates, seconds, strict=True))
 
 
 def test_a_loss_that_is_not_finite_is_a_result(tmp_path):
