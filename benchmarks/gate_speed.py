@@ -8,8 +8,8 @@ that turn's ratio to TopKGate, so that a machine whose speed drifts does not mat
 on one CPU thread: `TopKGate`'s own function for that k with sparse routes, its auxiliary loss and,
 as by default, its random choices (they take 3 to 19 % of its time, and SSR has none); all that
 `SSRGate` makes of logits, on a softmax step and on a transport step (xi = 1, tolerance 1e-3), dropping
-routes or moving them; Megatron's Sinkhorn rule and Quantile Balancing, which stop at experts and
-weights, without slots. Capacity factor 1. `--gates` times the whole modules instead, with the
+routes or moving them, and under other balancing rules, with what they commit at a step's end;
+Megatron's Sinkhorn rule, which stops at experts and weights, without slots. Capacity factor 1. `--gates` times the whole modules instead, with the
 matrix product from width 512 to the logits in them. Memory is what the tensors of one forward and
 backward pass hold at most, counted beside the timing.
 
@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from benchmarks.inputs import KINDS, logits
-from benchmarks.rivals import QuantileBalancing, primal_sinkhorn
+from benchmarks.rivals import primal_sinkhorn
 from ssr_deepspeed.config import SSRConfig
 from ssr_deepspeed.gate import SSRGate
 
@@ -46,8 +46,8 @@ WIDTH = 512
 LEAST_CAPACITY = 4
 
 
-def ssr_gate(experts: int, k: int, transport: bool, device: str, **settings: Any) -> SSRGate:
-    config = SSRConfig(probability=float(transport), **settings)
+def ssr_gate(experts: int, k: int, name: str, device: str) -> SSRGate:
+    config = SSRConfig.from_dict(SSR_RULES[name])
     gate = SSRGate(WIDTH, experts, k, min_capacity=LEAST_CAPACITY, config=config).to(device)
     # As an engine has it: the logits are watched.
     gate.ssr.nonfinite = torch.zeros((), dtype=torch.bool, device=device)
@@ -64,18 +64,21 @@ def facts_of(gate: SSRGate, indices: Tensor) -> dict[str, Any]:
 Call = Callable[[], Callable[[], dict[str, Any]]]
 """A forward and backward pass; what it returns tells afterwards, outside the timing, what came of it."""
 
-SSR_RULES: dict[str, tuple[bool, dict[str, Any]]] = {
-    "softmax": (False, {}),
-    "transport": (True, {}),
-    "softmax next": (False, {"overflow": "next"}),
-    "transport next": (True, {"overflow": "next"}),
+SSR_RULES: dict[str, dict[str, Any]] = {
+    "softmax": {"rule": "none"},
+    "transport": {"rule": "ssr", "probability": 1.0, "entropy": 1.0, "gradient": "partial"},
+    "softmax next": {"rule": "none", "overflow": "next"},
+    "transport next": {"rule": "ssr", "probability": 1.0, "entropy": 1.0, "gradient": "partial", "overflow": "next"},
+    "carried": {"rule": "carried", "probability": 0.0},
+    "auxiliary": {"rule": "auxiliary"},
+    "loss free": {"rule": "loss_free"},
+    "quantile": {"rule": "quantile"},
 }
 
 
 def on_logits(leaf_TE: Tensor, k: int, device: str) -> dict[str, Call]:
     """Every rule on given logits."""
     experts = leaf_TE.shape[1]
-    quantile = QuantileBalancing(experts, device)
 
     def passing(rule: Callable[[Tensor], tuple[Tensor, Callable[[], dict[str, Any]]]]) -> Call:
         def call() -> Callable[[], dict[str, Any]]:
@@ -99,6 +102,7 @@ def on_logits(leaf_TE: Tensor, k: int, device: str) -> dict[str, Call]:
     def ssr(gate: SSRGate) -> Callable[[Tensor], tuple[Tensor, Callable[[], dict[str, Any]]]]:
         def rule(logits_TE: Tensor) -> tuple[Tensor, Callable[[], dict[str, Any]]]:
             out = gate.routes_of(logits_TE, None, True)
+            gate.commit()
             return out[5].sum() + out[0], lambda: facts_of(gate, out[3])
 
         return rule
@@ -108,8 +112,8 @@ def on_logits(leaf_TE: Tensor, k: int, device: str) -> dict[str, Call]:
         return weights_TK.sum(), lambda: {"sweeps": turns}
 
     table = {"TopKGate": topk}
-    table |= {name: ssr(ssr_gate(experts, k, SSR_RULES[name][0], device, **SSR_RULES[name][1])) for name in SSR_RULES}
-    table |= {"megatron": megatron, "quantile": lambda logits_TE: (quantile(logits_TE, k)[1].sum(), dict)}
+    table |= {name: ssr(ssr_gate(experts, k, name, device)) for name in SSR_RULES}
+    table["megatron"] = megatron
     if device != "cpu":
         table["copy"] = lambda logits_TE: (logits_TE, dict)
     return {name: passing(rule) for name, rule in table.items()}
@@ -126,13 +130,15 @@ def on_gates(shape: tuple[int, int, int], device: str) -> dict[str, Call]:
             gate.zero_grad()
             activations.grad = None
             out = gate(activations, None, True)
+            if isinstance(gate, SSRGate):
+                gate.commit()
             (out[5].sum() + out[0]).backward()
             return lambda: facts_of(gate, out[3]) if isinstance(gate, SSRGate) else {}
 
         return call
 
     gates = {"TopKGate": TopKGate(WIDTH, experts, k, min_capacity=LEAST_CAPACITY).to(device)}
-    gates |= {name: ssr_gate(experts, k, SSR_RULES[name][0], device, **SSR_RULES[name][1]) for name in SSR_RULES}
+    gates |= {name: ssr_gate(experts, k, name, device) for name in SSR_RULES}
     return {name: passing(gate) for name, gate in gates.items()}
 
 

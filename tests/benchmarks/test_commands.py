@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from deepspeed.moe.sharded_moe import topkgating
 
 from benchmarks.inputs import KINDS, logits
-from benchmarks.rivals import QuantileBalancing, primal_sinkhorn
+from benchmarks.rivals import primal_sinkhorn
 from ssr_deepspeed.ot import plan, solve
 
 ROOT = Path(__file__).parents[2]
@@ -67,14 +66,3 @@ def test_the_megatron_rule_selects_by_the_transport_plan(kind):
     same = (experts.sort(1).values == dense.topk(2, dim=1).indices.sort(1).values).all(1)
     assert same.float().mean() > 0.97
     torch.testing.assert_close(weights, torch.softmax(scores, 1).gather(1, experts))
-
-
-def test_quantile_balancing_evens_out_a_collapsed_router_and_starts_as_top_k():
-    rule, scores = QuantileBalancing(8), logits("collapsed", 512, 8)
-    first, weights = rule(scores, 2)
-    assert torch.equal(first.sort(1).values, scores.topk(2, dim=1).indices.sort(1).values)
-    expected = topkgating(scores, 2, 8.0, 4, sparse_routes=True)[5].t()
-    torch.testing.assert_close(weights, expected)
-    for _ in range(10):
-        counts = rule(scores, 2)[0].flatten().bincount(minlength=8)
-    assert counts.max() < 1.1 * counts.float().mean()

@@ -59,6 +59,14 @@ def plan_of(polytope, scores_TE, potentials_E, k, xi):
     return softmax((scores_TE + potentials_E) / xi, axis=1)
 
 
+def quantile_bias(score_TE, bias_E, k):
+    """The bias under which every expert would have taken its share of these tokens."""
+    tokens, experts = score_TE.shape
+    threshold_T1 = np.sort(score_TE + bias_E, axis=1)[:, ::-1][:, k : k + 1]
+    beyond_TE = np.sort(score_TE - threshold_T1, axis=0)[::-1]
+    return -beyond_TE[min(k * tokens // experts, tokens - 1)]
+
+
 def array(tensor):
     """The tensor's values in fp64."""
     return tensor.detach().double().numpy()
