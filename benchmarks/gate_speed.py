@@ -9,9 +9,9 @@ on one CPU thread: `TopKGate`'s own function for that k with sparse routes, its 
 as by default, its random choices (they take 3 to 19 % of its time, and SSR has none); all that
 `SSRGate` makes of logits, on a softmax step and on a transport step (xi = 1, tolerance 1e-3), dropping
 routes or moving them, and under other balancing rules, with what they commit at a step's end;
-Megatron's Sinkhorn rule, which stops at experts and weights, without slots. Capacity factor 1. `--gates` times the whole modules instead, with the
-matrix product from width 512 to the logits in them. Memory is what the tensors of one forward and
-backward pass hold at most, counted beside the timing.
+Megatron's Sinkhorn rule, which stops at experts and weights, without slots. Capacity factor 1. `--gates`
+times the whole modules instead, with the matrix product from width 512 to the logits in them. Memory is
+what the tensors of one forward and backward pass hold at most, counted beside the timing.
 
 On a GPU (`--device cuda`) the fused kernels are used where they fit, and a rule `copy` is added, which
 reads the logits once and writes as much, forward and backward: what the memory allows at best.
