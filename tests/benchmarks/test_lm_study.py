@@ -11,6 +11,7 @@ from benchmarks import corpora
 from benchmarks.lm_study import TABLES, main
 from benchmarks.step_speed import time_steps
 from benchmarks.study.arms import ARMS
+from benchmarks.study.fetch import Package
 from benchmarks.study.heldout import excerpt, plain, swap_words
 from benchmarks.study.language import between_sources, train_on
 from tests.gloo import run_ranks
@@ -148,8 +149,8 @@ def test_held_out_documents_are_whole_and_no_long_book_is_among_them():
 
 
 def test_a_fetch_that_fails_names_the_command_and_the_folder(tmp_path, monkeypatch):
-    package = corpora.Package(("false", "thing==1"), "thing-*.whl", lambda file: [])
-    monkeypatch.setitem(corpora.PACKAGES, "leads", package)
+    package = Package(("false", "thing==1"), "thing-*.whl")
+    monkeypatch.setitem(corpora.PACKAGES, "leads", (package, lambda file: []))
     with pytest.raises(ValueError, match="false thing==1") as caught:
         corpora.documents("leads", tmp_path)
     assert str(tmp_path / "packages") in str(caught.value)
@@ -161,8 +162,8 @@ def test_a_fetch_that_fails_names_the_command_and_the_folder(tmp_path, monkeypat
 def test_what_was_fetched_is_taken_from_the_cache(tmp_path, monkeypatch):
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "thing-1.whl").write_text("\n".join(f"document {n} " * 400 for n in range(50)))
-    package = corpora.Package(("false",), "thing-*.whl", lambda file: file.read_text().splitlines())
-    monkeypatch.setitem(corpora.PACKAGES, "leads", package)
+    package = Package(("false",), "thing-*.whl")
+    monkeypatch.setitem(corpora.PACKAGES, "leads", (package, lambda file: file.read_text().splitlines()))
     first = corpora.corpus(["leads"], tmp_path)
     assert first.corpus.vocabulary == 257 and set(first.heldout) == {"leads"}
     (tmp_path / "packages" / "thing-1.whl").unlink()
