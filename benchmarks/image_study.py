@@ -31,22 +31,18 @@ from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import logger
 from torch import Tensor
 
 from benchmarks.study import measure
 from benchmarks.study.arms import ARMS, COMPARED, QUICK
+from benchmarks.study.engines import build_engine, close_engine, start_process_group
 from benchmarks.study.images import CLASSES, CORRUPTIONS, LEVELS, NAMES, Images, corrupt, load_images
 from benchmarks.study.jobs import Job, run_jobs
 from benchmarks.study.vision import VisionConfig, VisionTransformer
 from ssr_deepspeed.hosts.deepspeed_moe import find_gates
-from ssr_deepspeed.hosts.engine import initialize
 from ssr_deepspeed.monitor.metrics import finite
 from ssr_deepspeed.monitor.sinks import read_json_lines
 from ssr_deepspeed.routing import max_violation
@@ -125,31 +121,21 @@ def work(job: Job) -> dict[str, Any]:
     if job["arm"] not in ARMS:
         raise ValueError(f"arm {job['arm']!r} is unknown: choose one of {', '.join(ARMS)}")
     start_process_group()
-    torch.set_num_threads(1)
     torch.manual_seed(job["seed"])
     images = load_images(job["data"])
-    engine = build_engine(job, images)
+    engine = build(job, images)
     watch = measure.GateWatch(find_gates(engine.module).values())
     try:
         result = train(engine, watch, images, job)
         result |= final_figures(engine, watch, images)
     finally:
         watch.close()
-        engine.destroy()
+        close_engine(engine)
     return {**result, "seconds": round(time.perf_counter() - began, 2)}
 
 
-def start_process_group() -> None:
-    """This process alone as a gloo group, once."""
-    if not dist.is_initialized():
-        logger.setLevel("WARNING")
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed("gloo")
-
-
-def build_engine(job: Job, images: Images) -> DeepSpeedEngine:
-    """The job's engine: fp32, AdamW with a linear warm-up and a cosine to a tenth."""
+def build(job: Job, images: Images) -> DeepSpeedEngine:
+    """The job's engine."""
     pixels = images.train_NHW
     model = VisionTransformer(
         VisionConfig(**job["model"]),
@@ -159,31 +145,14 @@ def build_engine(job: Job, images: Images) -> DeepSpeedEngine:
         deviation=float(pixels.std()),
         seed=job["seed"],
     )
-    weights = list(model.parameters())
-    matrices = [weight for weight in weights if weight.dim() >= 2]
-    gains = [weight for weight in weights if weight.dim() < 2]
-    groups = split_params_into_different_moe_groups_for_optimizer(
-        [
-            {"name": "matrices", "params": matrices, "weight_decay": WEIGHT_DECAY},
-            {"name": "gains", "params": gains, "weight_decay": 0.0},
-        ]
+    return build_engine(
+        model,
+        {**job["ssr"], "seed": job["seed"]},
+        {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY},
+        job["steps"],
+        {"warmup_num_steps": max(2, round(WARMUP_SHARE * job["steps"])), "cos_min_ratio": 0.1},
+        train_micro_batch_size_per_gpu=job["batch"],
     )
-    schedule = {
-        "total_num_steps": job["steps"],
-        "warmup_num_steps": max(2, round(WARMUP_SHARE * job["steps"])),
-        "warmup_type": "linear",
-        "cos_min_ratio": 0.1,
-    }
-    config = {
-        "train_micro_batch_size_per_gpu": job["batch"],
-        "gradient_clipping": 1.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "torch_adam": True}},
-        "scheduler": {"type": "WarmupCosineLR", "params": schedule},
-        # The coin follows the run's seed, the monitor's work would count as training time.
-        "ssr": {**job["ssr"], "seed": job["seed"], "monitor": {"interval": 0}},
-    }
-    groups = [group for group in groups if group["params"]]
-    return initialize(model=model, model_parameters=groups, config=config)[0]
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:

@@ -5,27 +5,19 @@ Shapes: W steps, E experts, S sources, N MoE layers.
 
 from __future__ import annotations
 
-import gc
 import math
-import os
 import statistics
-import sys
 import time
 from collections import deque
-from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-import torch.distributed as dist
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import logger
 
 from benchmarks.corpora import Texts
+from benchmarks.study.engines import build_engine, close_engine, start_process_group
 from benchmarks.study.heldout import excerpt, plain, score, swap_words
 from benchmarks.study.measure import GateWatch, Passes, mutual_information, numbers, training_balance
-from ssr_deepspeed.hosts.engine import initialize
 from ssr_deepspeed.pretrain.config import DataConfig, ModelConfig
 from ssr_deepspeed.pretrain.data import training_batches
 from ssr_deepspeed.pretrain.model import MoELanguageModel
@@ -90,7 +82,7 @@ class StudyRun:
 
     def __init__(self, job: Job, texts: Texts) -> None:
         _check(job)
-        _join_group()
+        start_process_group()
         self.job, self.texts = job, texts
         self.engine = _build_engine(job, texts.corpus.vocabulary)
         self.watch = GateWatch(self.engine.ssr.gates[name] for name in self.engine.ssr.layers)
@@ -114,10 +106,8 @@ class StudyRun:
     def close(self) -> None:
         """Give the engine's memory back; several runs follow each other in one process."""
         self.watch.close()
-        self.engine.ssr.release()
-        self.engine.destroy()
+        close_engine(self.engine)
         del self.engine
-        gc.collect()
 
     def step(self) -> bool:
         """One optimizer step; False, before it, if the loss is NaN or infinite."""
@@ -189,51 +179,19 @@ def _check(job: Job) -> None:
         raise ValueError(f"tokens_per_step = {tokens}; allowed: multiples of sequence_length * micro_batches = {least}")
 
 
-def _join_group() -> None:
-    """A process group of one rank, once a process."""
-    logger.setLevel("ERROR")
-    if not dist.is_initialized():
-        # DeepSpeed compiles an operator with the ninja on the PATH; pip puts one beside the interpreter.
-        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed("gloo", verbose=False)
-
-
 def _build_engine(job: Job, vocabulary: int) -> DeepSpeedEngine:
-    """As the pretraining command builds it: fp32, ZeRO 0, AdamW without decay of the gains."""
     torch.manual_seed(job["seed"])
     config = ModelConfig(**job["model"], auxiliary_loss=job["auxiliary_loss"])
-    model = MoELanguageModel(config, vocabulary, job["seed"], ep_rank=0)
-    weights, decay = list(model.parameters()), 0.1
-    groups = [
-        {"name": "matrices", "params": [weight for weight in weights if weight.dim() >= 2], "weight_decay": decay},
-        {"name": "gains", "params": [weight for weight in weights if weight.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizer = {"lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": decay, "torch_adam": True}
     # The proportions of configs/deepspeed/cpu.json.
-    schedule = {
-        "total_num_steps": job["steps"],
-        "warmup_num_steps": max(job["steps"] // 5, 2),
-        "warmup_type": "linear",
-        "cos_min_ratio": 0.05,
-    }
-    settings = {
-        "train_micro_batch_size_per_gpu": job["tokens_per_step"]
-        // job.get("micro_batches", 1)
-        // job["sequence_length"],
-        "gradient_accumulation_steps": job.get("micro_batches", 1),
-        "gradient_clipping": 1.0,
-        "optimizer": {"type": "AdamW", "params": optimizer},
-        "scheduler": {"type": "WarmupCosineLR", "params": schedule},
-        "zero_optimization": {"stage": 0},
-        "ssr": {**job["ssr"], "seed": job["seed"], "monitor": {"interval": 0}},
-    }
-    groups = split_params_into_different_moe_groups_for_optimizer(groups)
-    engine, *_ = initialize(
-        model=model, model_parameters=[group for group in groups if group["params"]], config=settings
+    return build_engine(
+        MoELanguageModel(config, vocabulary, job["seed"], ep_rank=0),
+        {**job["ssr"], "seed": job["seed"]},
+        {"lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1},
+        job["steps"],
+        {"warmup_num_steps": max(job["steps"] // 5, 2), "cos_min_ratio": 0.05},
+        train_batch_size=job["tokens_per_step"] // job["sequence_length"],
+        gradient_accumulation_steps=job.get("micro_batches", 1),
     )
-    return engine
 
 
 def _rounded(value: Any) -> Any:

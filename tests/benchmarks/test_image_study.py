@@ -34,9 +34,7 @@ def test_data_that_cannot_be_fetched_say_what_to_run_and_where_the_file_goes(nam
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for package in ("_FASHION", "_DIGITS"):
         monkeypatch.setattr(images, package, Package(("false", "thing"), "thing-*"))
-    with pytest.raises(
-        ValueError, match=rf"run `false thing` by hand .*{tmp_path}/ssr_deepspeed/study"
-    ):
+    with pytest.raises(ValueError, match=rf"run `false thing` by hand .*{tmp_path}/ssr_deepspeed/study"):
         load_images.__wrapped__(name)
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
