@@ -113,10 +113,19 @@ class SSRGate(TopKGate):
         self._begin(config or SSRConfig(), layer, data_parallel_group)
 
     def _begin(self, config: SSRConfig, layer: int, data_parallel_group: Any) -> None:
-        weight_EM = self.wg.weight
-        rule = make_rule(config, weight_EM.shape[0], weight_EM.shape[1], self.k, weight_EM.device)
+        rule = make_rule(config, self.wg.weight, self.k)
         self.ssr = GateState(config, rule, layer, data_parallel_group=data_parallel_group)
         self.set_step(0)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module's, for `to`, `cuda` and the like; what the rule keeps follows the weight, in fp32."""
+        result = super()._apply(*args, **kwargs)
+        weight_EM, old = self.wg.weight, self.ssr.rule
+        if old.device != weight_EM.device:
+            self.ssr.rule = make_rule(self.ssr.config, weight_EM, self.k)
+            if old.device.type != "meta":
+                self.ssr.rule.take(old.state)
+        return result
 
     @staticmethod
     def refusal(gate: TopKGate) -> str | None:

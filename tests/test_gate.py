@@ -293,6 +293,19 @@ def test_the_state_dict_is_topkgates_both_ways():
     ours.load_state_dict(theirs.state_dict(), strict=True)
 
 
+def test_what_a_rule_keeps_follows_the_gate_and_stays_fp32():
+    with torch.device("meta"):
+        gate = make_gate(rule="carried")
+    gate.to_empty(device="cpu")
+    assert not gate.ssr.rule.state["potentials"].any()
+    gate.ssr.rule.state["potentials"] += 1
+    gate.to(torch.bfloat16)
+    assert gate.ssr.rule.state["potentials"].tolist() == [1.0] * 8
+    assert gate.ssr.rule.state["potentials"].dtype == torch.float32
+    gate.to("meta")
+    assert gate.ssr.rule.state["potentials"].is_meta and gate.ssr.rule.sums.is_meta
+
+
 def test_a_gate_that_is_ssrs_already_takes_the_new_settings():
     gate = make_gate(probability=0.0)
     assert not gate.ssr.transport

@@ -109,6 +109,11 @@ class Rule:
             transport: whether it was a transport step.
         """
 
+    def take(self, state: dict[str, Tensor]) -> None:
+        """Take over another rule's state, of the same names and shapes, on whatever device."""
+        for name, value in self.state.items():
+            value.copy_(state[name])
+
     def _keep(self, name: str, value: Tensor) -> None:
         """Commit `value` where all of it is finite; a pass without tokens or with a NaN changes nothing."""
         old = self.state[name]
