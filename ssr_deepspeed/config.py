@@ -15,9 +15,11 @@ from typing import Any, Literal, Self
 from ssr_deepspeed.section import Section, fail, join, nearest, require, require_choice
 
 Cost = Literal["linear", "softmax"]
-Gradient = Literal["detach", "partial", "implicit"]
+Gradient = Literal["detach", "partial", "centred", "implicit"]
 Scope = Literal["rank", "expert_parallel", "data_parallel"]
 NoiseSteps = Literal["softmax", "transport", "both"]
+LOSS_RULES = ("auxiliary", "global_auxiliary", "z")
+"""Rules that work by a loss which the host adds to its own."""
 CoinUnit = Literal["step", "layer"]
 SolverName = Literal["sinkhorn", "newton", "sns", "adaptive"]
 Overflow = Literal["drop", "next"]
@@ -34,7 +36,7 @@ RuleName = Literal[
     "loss_free",
     "quantile",
 ]
-Weights = Literal["plan", "softmax"]
+Weights = Literal["plan", "shifted", "softmax"]
 Polytope = Literal["mass", "capacity"]
 
 # Keys that play a part under some rules only. What is not listed serves all.
@@ -45,8 +47,8 @@ RULES_OF_KEY: dict[str, tuple[RuleName, ...]] = {
     "cost": ("ssr", "capacity", "carried", "s_base"),
     "entropy": ("ssr", "capacity", "carried", "s_base"),
     "solver": ("ssr", "capacity", "carried", "s_base"),
-    "gradient": ("ssr", "capacity"),
-    "scope": ("ssr", "capacity", "carried", "s_base", "global_auxiliary"),
+    "gradient": ("ssr", "capacity", "carried"),
+    "scope": ("ssr", "capacity", "carried", "s_base"),
     "weights": ("ssr", "capacity", "carried"),
     "carried": ("carried",),
     "rate": ("loss_free", "noisy"),
@@ -182,7 +184,7 @@ class SSRConfig(Section):
     preset: Literal["paper"] | None = None
     """In JSON, `"paper"`: the literal published method; keys given beside it override it. `from_dict`
     puts the preset's values in, and the field is None afterwards."""
-    rule: RuleName = "ssr"
+    rule: RuleName = "carried"
     """The balancing rule: one of ours (`ssr`, `capacity`, `carried`) or a rival's, see `ssr_deepspeed.routing`."""
     probability: float | ProbabilitySchedule | Trigger = 0.01
     """p, the share of steps routed by transport (under `carried`: whose potentials are solved to the end): a
@@ -196,12 +198,15 @@ class SSRConfig(Section):
     """See `SolverConfig`."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     """See `NoiseConfig`."""
-    gradient: Gradient = "partial"
-    """Through the plan: none, with the potentials held constant, or through the potentials too. For
-    k = 1 the weight is the softmax probability, and its gradient is followed whatever this says."""
+    gradient: Gradient | None = None
+    """Through the plan's weights: none; with the potentials held constant; that less its mean over the tokens, so
+    that none is left along a shift of one expert's logits for all of them, which the potentials undo; through the
+    potentials themselves. None: implicit under `ssr`, partial under `capacity`, centred under `carried`. For k = 1
+    the weight is the softmax probability, and its gradient is followed whatever this says."""
     weights: Weights | None = None
-    """What weighs a token's chosen experts: the plan that chose them, or the softmax of the logits. None: the
-    plan under `ssr`, the softmax under `capacity` and `carried`. For k = 1 it is always the softmax."""
+    """What weighs a token's chosen experts: the plan that chose them, the softmax of the compatibility shifted by
+    the potentials (a plan of entropy 1), or the softmax of the logits. None: the plan under `ssr`, the softmax under
+    `capacity`, the shifted one under `carried`. For k = 1 it is always the softmax of the logits."""
     carried: CarriedConfig = field(default_factory=CarriedConfig)
     """See `CarriedConfig`."""
     rate: float = 1e-3
@@ -222,7 +227,8 @@ class SSRConfig(Section):
 
     def __post_init__(self) -> None:
         require_choice(self.cost, "cost", Cost)
-        require_choice(self.gradient, "gradient", Gradient)
+        if self.gradient is not None:
+            require_choice(self.gradient, "gradient", Gradient)
         require_choice(self.scope, "scope", Scope)
         require_choice(self.overflow, "overflow", Overflow)
         require_choice(self.per, "per", CoinUnit)
@@ -230,14 +236,15 @@ class SSRConfig(Section):
             fail("preset", self.preset, 'null here; presets are applied by SSRConfig.from_dict({"preset": ...})')
         require_choice(self.rule, "rule", RuleName)
         if isinstance(self.probability, Trigger):
-            require(self.rule != "carried", "probability", self.probability, 'a trigger under "ssr" and "capacity"')
+            if self.rule == "carried":
+                fail("probability", self.probability.to_dict(), 'a number or a schedule under "carried"')
         elif not isinstance(self.probability, ProbabilitySchedule):
             require(0 <= self.probability <= 1, "probability", self.probability, "0 to 1, a schedule or a trigger")
         if self.weights is not None:
             require_choice(self.weights, "weights", Weights)
         require(self.entropy is None or self.entropy > 0, "entropy", self.entropy, "above 0")
-        if self.rule == "capacity":
-            require(self.gradient != "implicit", "gradient", self.gradient, '"detach" and "partial" under "capacity"')
+        if self.gradient == "implicit" and (self.rule in ("capacity", "carried") or self.weights == "shifted"):
+            fail("gradient", self.gradient, '"detach", "partial" or "centred": only the plan of rule "ssr" has it')
         require(self.rate > 0, "rate", self.rate, "above 0")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
 
@@ -254,11 +261,21 @@ class SSRConfig(Section):
 
     def probability_at(self, step: int) -> float:
         """p at optimizer step `step` (counted from 0); 0 where a trigger decides, or the rule tosses no coin."""
-        if self.rule not in RULES_OF_KEY["probability"]:
+        if not self.tosses:
             return 0.0
         if isinstance(self.probability, ProbabilitySchedule):
             return self.probability.at(step)
         return 0.0 if isinstance(self.probability, Trigger) else self.probability
+
+    @property
+    def tosses(self) -> bool:
+        """Whether the rule has transport steps and others."""
+        return self.rule in RULES_OF_KEY["probability"]
+
+    def noise_on(self, transport: bool) -> bool:
+        """Whether a training pass of such a step gets noise; under a rule without transport steps, every pass."""
+        kinds = ("both", "transport" if transport else "softmax")
+        return self.noise.scale > 0 and (self.noise.steps in kinds or not self.tosses)
 
     @property
     def xi(self) -> float:
@@ -269,13 +286,29 @@ class SSRConfig(Section):
         return 0.3 if counts else 1.0
 
     @property
-    def weighs_by_plan(self) -> bool:
-        """Whether the transport plan weighs the experts it chose."""
-        return (self.weights or ("plan" if self.rule == "ssr" else "softmax")) == "plan"
+    def plan_gradient(self) -> Gradient:
+        """The gradient in use: the one given, or the rule's own."""
+        own: dict[str, Gradient] = {"capacity": "partial", "carried": "centred"}
+        fallback: Gradient = "centred" if self.weights == "shifted" else "implicit"
+        return self.gradient or own.get(self.rule, fallback)
+
+    @property
+    def weighs_by(self) -> Weights:
+        """What weighs the chosen experts: the option given, or the rule's own."""
+        own: dict[str, Weights] = {"ssr": "plan", "carried": "shifted"}
+        return self.weights or own.get(self.rule, "softmax")
 
     def unused_keys(self, block: dict[str, Any]) -> list[str]:
-        """Keys of the block that play no part under its rule, for one warning."""
-        return sorted(key for key in block if self.rule not in RULES_OF_KEY.get(key, (self.rule,)))
+        """Keys given in the block that play no part under its rule, for one warning."""
+        unused = {key for key in block if self.rule not in RULES_OF_KEY.get(key, (self.rule,))}
+        if "gradient" in block and self.weighs_by == "softmax":
+            unused.add("gradient")
+        counts = self.rule == "capacity" or (self.rule == "carried" and self.carried.polytope == "capacity")
+        if counts and "name" in (block.get("solver") or {}):
+            unused.add("solver.name")
+        if not self.tosses and "steps" in (block.get("noise") or {}):
+            unused.add("noise.steps")
+        return sorted(unused)
 
 
 def find_block(deepspeed_config: dict[str, Any]) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor
 
 from ssr_deepspeed.collectives import maximum_over, sum_over
-from ssr_deepspeed.config import SSRConfig, Trigger
+from ssr_deepspeed.config import Scope, SSRConfig, Trigger
 from ssr_deepspeed.ot import Solution
 from ssr_deepspeed.routing import (
     Batch,
@@ -63,8 +63,9 @@ class GateState:
     """Whether training passes of this optimizer step route by transport."""
     solution: Solution | None = None
     """Of the last training pass; None if it solved nothing."""
-    loss_reached: bool = False
-    """Whether a gradient has come back through the `l_aux` of a rule that works by a loss."""
+    loss_reached: Tensor | None = None
+    """Whether a gradient other than zero has come back through the `l_aux` of a rule that works by a loss, 0-dim
+    bool; None before a training pass has asked for one."""
     nonfinite: Tensor | None = None
     """Whether a training pass since the last check met a NaN or an infinity in the logits, 0-dim bool that
     passes change in place. None: nobody asks."""
@@ -72,19 +73,19 @@ class GateState:
     """int64 `[E]`, routes of the last pass that got a slot, where routes are moved; else None."""
     data_parallel_group: Any = field(default=None, repr=False)
 
-    def group(self, expert_parallel_group: Any) -> Any:
-        """The process group whose tokens are balanced together; None for this rank alone.
+    def group(self, scope: Scope, expert_parallel_group: Any) -> Any:
+        """The process group of that scope; None for this rank alone.
 
         Raises:
             RuntimeError: the scope needs a group that the gate was not given.
         """
-        if self.config.scope == "rank":
+        if scope == "rank":
             return None
-        group = expert_parallel_group if self.config.scope == "expert_parallel" else self.data_parallel_group
+        group = expert_parallel_group if scope == "expert_parallel" else self.data_parallel_group
         if group is None and dist.is_initialized() and dist.get_world_size() > 1:
             raise RuntimeError(
-                f'ssr.scope = "{self.config.scope}", but this gate has no {self.config.scope} group: '
-                'give it one, let a DeepSpeed engine set it up, or use scope "rank"'
+                f'rule "{self.config.rule}" balances over the {scope} group, but this gate has none: '
+                'give it one, let a DeepSpeed engine set it up, or use ssr.scope "rank"'
             )
         return group
 
@@ -120,12 +121,16 @@ class SSRGate(TopKGate):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """As any module's, for `to`, `cuda` and the like; what the rule keeps follows the weight, in fp32."""
         result = super()._apply(*args, **kwargs)
-        weight_EM, old = self.wg.weight, self.ssr.rule
-        if old.device != weight_EM.device:
-            self.ssr.rule = make_rule(self.ssr.config, weight_EM, self.k)
+        old = self.ssr.rule
+        if old.device != self.wg.weight.device:
+            self.renew_rule()
             if old.device.type != "meta":
                 self.ssr.rule.take(old.state)
         return result
+
+    def renew_rule(self) -> None:
+        """Begin the balancing rule anew, with its initial state."""
+        self.ssr.rule = make_rule(self.ssr.config, self.wg.weight, self.k)
 
     @staticmethod
     def refusal(gate: TopKGate) -> str | None:
@@ -179,6 +184,8 @@ class SSRGate(TopKGate):
         if rule.sums is not None:
             rule.commit(rule.sums, self.ssr.transport)
             rule.sums.zero_()
+        if isinstance(self.ssr.config.probability, Trigger) and "imbalance" in rule.state:
+            self.ssr.transport = bool(rule.state["imbalance"] > self.ssr.config.probability.imbalance)
 
     def forward(
         self,
@@ -199,8 +206,8 @@ class SSRGate(TopKGate):
         Returns:
             Sparse: `(l_aux, C, E, indices, locations, gates, exp_counts)` with int32 `[K, T]`
             indices (-1: no slot) and locations, fp32 `[K, T]` gates. Dense: `(l_aux, combine,
-            dispatch_mask, exp_counts)`, both `[T, E, C]`. `l_aux` is an exact zero that carries a
-            graph; `exp_counts` int64 `[E]` is the demand before capacity.
+            dispatch_mask, exp_counts)`, both `[T, E, C]`. `l_aux` is the rule's loss, or an exact zero that
+            carries a graph; `exp_counts` int64 `[E]` is the demand before capacity.
 
         Raises:
             ValueError: `used_token` has another number of entries than there are tokens.
@@ -239,13 +246,13 @@ class SSRGate(TopKGate):
             mask,
             transport,
             _recomputes(),
-            lambda: sum_over(self.ssr.group(self.ep_group)),
-            lambda: sum_over(self.ssr.data_parallel_group),
+            lambda: sum_over(self.ssr.group(config.scope, self.ep_group)),
+            lambda: sum_over(self.ssr.group("data_parallel", None)),
         )
         if not self.training:
             choice = rule.choose_frozen(logits_TE)
         else:
-            if config.noise.scale > 0 and config.noise.steps in ("both", "transport" if transport else "softmax"):
+            if config.noise_on(transport):
                 logits_TE = logits_TE + config.noise.scale * torch.randn_like(logits_TE)
             choice = rule.choose(logits_TE, batch)
         plan = route(
@@ -273,14 +280,16 @@ class SSRGate(TopKGate):
 
     def _asked_for(self, loss: Tensor) -> Tensor:
         """The loss, and a note when a gradient comes back through it: a host may well ignore it."""
-        if torch.compiler.is_compiling():
-            self.ssr.loss_reached = True  # no hook can be traced: nobody is accused on no evidence
-        elif loss.requires_grad:
+        # Under torch.compile no hook can be traced, and nobody is accused on no evidence.
+        if loss.requires_grad and not torch.compiler.is_compiling():
+            if self.ssr.loss_reached is None:
+                self.ssr.loss_reached = torch.zeros((), dtype=torch.bool, device=loss.device)
             loss.register_hook(self._note_gradient)
         return loss
 
     def _note_gradient(self, gradient: Tensor) -> None:
-        self.ssr.loss_reached = True
+        if self.ssr.loss_reached is not None:
+            self.ssr.loss_reached |= gradient.detach() != 0
 
     def _watch(self, logits_TE: Tensor, flag: Tensor) -> None:
         """Remember a NaN or an infinity on the device, for whoever drives the steps to ask about."""

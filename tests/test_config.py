@@ -67,7 +67,7 @@ def test_every_field_goes_through_json_and_back():
         ({"probability": {"imbalanse": 0.5}}, ["ssr.probability", "imbalanse"]),
         ({"probability": {"imbalance": 0}}, ["ssr.probability.imbalance", "0", "above 0"]),
         ({"probability": {"imbalance": 0.5, "warmup": 1.0}}, ["unknown key ssr.probability.imbalance", "warmup"]),
-        ({"rule": "carried", "probability": {"imbalance": 0.5}}, ["ssr.probability", "a trigger", "capacity"]),
+        ({"rule": "carried", "probability": {"imbalance": 0.5}}, ["ssr.probability", "a number or a schedule"]),
         ({"rule": "capacity", "gradient": "implicit"}, ["ssr.gradient", "'implicit'", "partial", "capacity"]),
         ({"weights": "plans"}, ["ssr.weights", "'plans'", "did you mean 'plan'?"]),
         ({"carried": {"polytope": "masses"}}, ["ssr.carried.polytope", "'masses'", "did you mean 'mass'?"]),
@@ -147,7 +147,7 @@ def test_deepspeeds_own_keys_are_no_misspelt_block():
     ],
 )
 def test_a_probability_is_a_number_a_schedule_or_a_trigger_and_goes_through_json_and_back(value, kind):
-    config = SSRConfig.from_dict({"probability": value})
+    config = SSRConfig.from_dict({"rule": "ssr", "probability": value})
     assert type(config.probability) is kind
     assert SSRConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -164,13 +164,14 @@ def test_every_rule_can_be_chosen_and_goes_through_json_and_back(rule):
 def test_only_rules_with_transport_steps_toss_a_coin():
     tossing = [rule for rule in RuleName.__args__ if SSRConfig(rule=rule, probability=0.5).probability_at(0) == 0.5]
     assert tossing == ["ssr", "capacity", "carried"]
-    assert SSRConfig(probability=Trigger(imbalance=0.5)).probability_at(0) == 0
+    assert SSRConfig(rule="ssr", probability=Trigger(imbalance=0.5)).probability_at(0) == 0
 
 
 @pytest.mark.parametrize(
     ("block", "xi"),
     [
-        ({}, 1.0),
+        ({}, 0.3),
+        ({"rule": "ssr"}, 1.0),
         ({"rule": "s_base"}, 1.0),
         ({"rule": "capacity"}, 0.3),
         ({"rule": "carried"}, 0.3),
@@ -185,36 +186,78 @@ def test_the_entropy_in_use_is_the_one_given_or_the_polytopes_own(block, xi):
 
 
 @pytest.mark.parametrize(
-    ("block", "by_plan"),
+    ("block", "weights"),
     [
-        ({}, True),
-        ({"weights": "softmax"}, False),
-        ({"rule": "capacity"}, False),
-        ({"rule": "carried"}, False),
-        ({"rule": "carried", "weights": "plan"}, True),
-        ({"rule": "carried", "weights": None}, False),
+        ({}, "shifted"),
+        ({"rule": "ssr"}, "plan"),
+        ({"rule": "ssr", "weights": "softmax"}, "softmax"),
+        ({"rule": "capacity"}, "softmax"),
+        ({"rule": "carried", "weights": "plan"}, "plan"),
+        ({"rule": "carried", "weights": None}, "shifted"),
     ],
 )
-def test_the_plan_weighs_under_ssr_and_the_softmax_under_rules_of_counts_unless_told_otherwise(block, by_plan):
-    assert SSRConfig.from_dict(block).weighs_by_plan is by_plan
+def test_the_weights_in_use_are_those_given_or_the_rules_own(block, weights):
+    assert SSRConfig.from_dict(block).weighs_by == weights
+
+
+@pytest.mark.parametrize(
+    ("block", "gradient"),
+    [
+        ({}, "centred"),
+        ({"rule": "ssr"}, "implicit"),
+        ({"rule": "ssr", "weights": "shifted"}, "centred"),
+        ({"rule": "capacity"}, "partial"),
+        ({"gradient": "detach"}, "detach"),
+    ],
+)
+def test_the_gradient_in_use_is_the_one_given_or_the_rules_own(block, gradient):
+    assert SSRConfig.from_dict(block).plan_gradient == gradient
+
+
+@pytest.mark.parametrize("block", [{"rule": "capacity"}, {"rule": "carried"}, {"rule": "ssr", "weights": "shifted"}])
+def test_only_the_plan_of_ssr_has_an_implicit_gradient(block):
+    with pytest.raises(ValueError, match=r"ssr\.gradient = 'implicit'; allowed: .*centred"):
+        SSRConfig.from_dict({**block, "gradient": "implicit"})
 
 
 @pytest.mark.parametrize(
     ("rule", "unused"),
     [
         ("ssr", ["carried", "eval_potentials", "rate"]),
-        ("capacity", ["carried", "eval_potentials", "rate"]),
-        ("carried", ["gradient", "rate"]),
+        ("capacity", ["carried", "eval_potentials", "gradient", "rate"]),
+        ("carried", ["rate"]),
         ("quantile", sorted(set(RULES_OF_KEY) - {"eval_potentials"})),
         ("loss_free", sorted(set(RULES_OF_KEY) - {"eval_potentials", "rate"})),
         ("noisy", sorted(set(RULES_OF_KEY) - {"rate"})),
-        ("global_auxiliary", sorted(set(RULES_OF_KEY) - {"scope"})),
+        ("global_auxiliary", sorted(RULES_OF_KEY)),
         ("none", sorted(RULES_OF_KEY)),
     ],
 )
 def test_keys_that_play_no_part_under_a_rule_are_named(rule, unused):
     block = {**dict.fromkeys(RULES_OF_KEY), "rule": rule, "noise": {}, "overflow": "next", "monitor": {}}
     assert SSRConfig(rule=rule).unused_keys(block) == unused
+
+
+def test_keys_within_a_section_are_named_too_where_they_play_no_part():
+    solver, noise = {"solver": {"name": "newton"}}, {"noise": {"scale": 0.1, "steps": "transport"}}
+
+    def unused(**block):
+        return SSRConfig.from_dict(block).unused_keys(block)
+
+    assert unused(rule="carried", **solver, **noise) == ["solver.name"]
+    assert unused(rule="carried", carried={"polytope": "mass"}, **solver, **noise) == []
+    assert unused(rule="ssr", **solver, **noise, gradient="partial") == []
+    assert unused(rule="ssr", weights="softmax", gradient="partial") == ["gradient"]
+    assert unused(rule="capacity", weights="plan", gradient="partial") == []
+    assert unused(rule="quantile", **noise) == ["noise.steps"]
+
+
+def test_noise_falls_on_every_pass_where_there_are_no_transport_steps():
+    noisy = {"noise": {"scale": 0.1, "steps": "transport"}}
+    assert SSRConfig.from_dict({"rule": "quantile", **noisy}).noise_on(False)
+    assert not SSRConfig.from_dict({"rule": "ssr", **noisy}).noise_on(False)
+    assert SSRConfig.from_dict({"rule": "ssr", **noisy}).noise_on(True)
+    assert not SSRConfig.from_dict({"rule": "quantile"}).noise_on(False)
 
 
 def test_every_key_that_serves_some_rules_only_is_a_field():

@@ -13,7 +13,7 @@ from tests.gloo import run_ranks
 
 
 def make_gate(k=2, experts=8, width=16, factor=1.0, eval_factor=2.0, least=4, drop=True, **block):
-    block.setdefault("probability", 0.0)
+    block = {"rule": "ssr", "probability": 0.0, "gradient": "partial", **block}
     torch.manual_seed(3)
     return SSRGate(width, experts, k, factor, eval_factor, least, drop_tokens=drop, config=SSRConfig.from_dict(block))
 

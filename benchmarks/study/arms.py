@@ -63,20 +63,31 @@ ARMS: dict[str, Arm] = {
     ),
     "capacity_warmup": Arm("k-capacity, warm-up", {"rule": "capacity", "probability": _SLOW, "entropy": 0.3}),
     "carried": Arm(
-        "carried, k-capacity, refreshed before",
-        {"rule": "carried", "probability": 0.01, "entropy": 0.3, "carried": _CAPACITY_BEFORE},
+        "carried (the default)",
+        {
+            "rule": "carried",
+            "probability": 0.01,
+            "entropy": 0.3,
+            "weights": "shifted",
+            "gradient": "centred",
+            "carried": _CAPACITY_BEFORE,
+        },
+    ),
+    "carried_softmax": Arm(
+        "carried, the softmax weighs",
+        {"rule": "carried", "probability": 0.01, "entropy": 0.3, "weights": "softmax", "carried": _CAPACITY_BEFORE},
     ),
     "carried_after": Arm(
-        "carried, k-capacity, refreshed after",
-        {"rule": "carried", "probability": 0.0, "entropy": 0.3, "carried": _CAPACITY_AFTER},
+        "carried, refreshed after, the softmax weighs",
+        {"rule": "carried", "probability": 0.0, "entropy": 0.3, "weights": "softmax", "carried": _CAPACITY_AFTER},
     ),
     "carried_warmup": Arm(
-        "carried, k-capacity, refreshed after, warm-up",
-        {"rule": "carried", "probability": _SHORT, "entropy": 0.3, "carried": _CAPACITY_AFTER},
+        "carried, refreshed after, warm-up, the softmax weighs",
+        {"rule": "carried", "probability": _SHORT, "entropy": 0.3, "weights": "softmax", "carried": _CAPACITY_AFTER},
     ),
     "carried_mass": Arm(
-        "carried, row mass 1, refreshed before",
-        {"rule": "carried", "probability": 0.0, "entropy": 1.0, "carried": _MASS_BEFORE},
+        "carried, row mass 1, the softmax weighs",
+        {"rule": "carried", "probability": 0.0, "entropy": 1.0, "weights": "softmax", "carried": _MASS_BEFORE},
     ),
 }
 
@@ -94,7 +105,7 @@ MICRO = ("auxiliary", "global_auxiliary", "quantile", "carried", "carried_after"
 
 
 def _carried(label: str, refresh: str = "before", polytope: str = "capacity", **changes: Any) -> Arm:
-    block = {"rule": "carried", "probability": 0.0, "entropy": 0.3, **changes}
+    block = {"rule": "carried", "probability": 0.0, "entropy": 0.3, "weights": "shifted", **changes}
     return Arm(label, {**block, "carried": {"polytope": polytope, "refresh": refresh, **changes.get("carried", {})}})
 
 
@@ -112,12 +123,16 @@ SEARCH: dict[str, Arm] = {
     "search/after_warmup": _carried("after, warm-up of full solves", "after", probability=_SHORT),
     "search/before_warmup": _carried("before, warm-up of full solves", probability=_SHORT),
     "search/before_solved": _carried("before, solved at every step", probability=1.0),
+    "search/partial": _carried("before, partial gradient", gradient="partial"),
+    "search/softmax": _carried("before, the softmax weighs", weights="softmax"),
     "search/plan": _carried("before, the plan weighs", weights="plan"),
     "search/mass": _carried("before, row mass 1, xi 1", polytope="mass", entropy=1.0),
     "search/mass_xi_0.3": _carried("before, row mass 1, xi 0.3", polytope="mass", entropy=0.3),
     "search/mass_plan": _carried("before, row mass 1, the plan weighs", polytope="mass", entropy=1.0, weights="plan"),
     "search/mass_after": _carried("after, row mass 1, xi 1", "after", polytope="mass", entropy=1.0),
-    "search/softmax_scores": _carried("before, of the softmax, xi 0.03", cost="softmax", entropy=0.03),
+    "search/softmax_scores": _carried(
+        "before, of the softmax, xi 0.03", cost="softmax", entropy=0.03, weights="softmax"
+    ),
     "search/noise": _carried("before, noise 0.3", noise={"scale": 0.3, "steps": "both"}),
     "search/quantile": Arm("Quantile Balancing", {"rule": "quantile"}),
     "search/ssr": _ssr("SSR, warm-up 30 %, implicit", "implicit", _SLOW),

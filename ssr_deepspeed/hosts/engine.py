@@ -40,7 +40,7 @@ from ssr_deepspeed.config import SSRConfig, find_block
 from ssr_deepspeed.gate import SSRGate
 from ssr_deepspeed.hosts import deepspeed_moe
 from ssr_deepspeed.hosts.finite import FiniteWatch
-from ssr_deepspeed.hosts.rules import KEY, RuleStates, say
+from ssr_deepspeed.hosts.rules import KEY, RuleStates
 from ssr_deepspeed.monitor import LoadMonitor, layer_metrics
 from ssr_deepspeed.monitor.sinks import JsonLines, engine_events
 
@@ -77,12 +77,14 @@ class EngineRuntime:
         self._hooks: list[Any] = []
         self._finite: FiniteWatch | None = None
         self._rules: RuleStates | None = None
+        self._scale = 1.0
         if self.config.enabled:
+            group = _same_gates(engine)
             adopted = {
-                name: SSRGate.adopt(gate, self.config, self.layers.index(name), engine.data_parallel_group)
+                name: SSRGate.adopt(gate, self.config, self.layers.index(name), group)
                 for name, gate in self.gates.items()
             }
-            self._rules = RuleStates(self.config, adopted, engine.data_parallel_group, engine.device)
+            self._rules = RuleStates(self.config, adopted, self.layers, group, engine.device)
             if not _scales_loss(engine):
                 by_layer = {gate.ssr.layer: gate for gate in adopted.values()}
                 self._finite = FiniteWatch(by_layer, self.layers, engine.device)
@@ -116,6 +118,7 @@ class EngineRuntime:
         """Stop, on all ranks, where router logits were not finite."""
         if self._finite:
             self._finite.before_step(engine.global_steps)
+        self._scale = _loss_scale(engine)
 
     def before_save(self) -> dict[str, Any]:
         """What a checkpoint is to hold beside the module's state.
@@ -131,13 +134,15 @@ class EngineRuntime:
         if self._finite:
             self._finite.forget()
         sentence = self._rules.load(saved) if self._rules else None
-        if sentence:
-            say(sentence, rank)
+        if sentence and rank == 0:
+            _say(sentence)
 
     def after_step(self, engine: DeepSpeedEngine) -> None:
         """Commit the rules' state, toss the next step's coin, close this step; at the monitor's interval, report."""
         if self._rules:
-            self._rules.after_step(engine.was_step_applied())
+            # torch's own scaler skips a step without telling the engine, and then halves its scale.
+            skipped = _torch_scaler(engine) is not None and _loss_scale(engine) < self._scale
+            self._rules.after_step(engine.was_step_applied() and not skipped, self._scale)
         self._set_step(engine.global_steps)
         window = self.monitor.end_step(engine.global_steps - 1) if self.monitor else None
         if window is None:
@@ -277,13 +282,34 @@ def _wrap_load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_checkpoint(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
         path, client_state = original(self, *args, **kwargs)
-        saved = client_state.pop(KEY, None) if client_state else None
         runtime = vars(self).get("ssr")
         if runtime is not None and path is not None:
-            runtime.after_load(saved, self.global_rank)
+            runtime.after_load(client_state.pop(KEY, None) if client_state else None, self.global_rank)
         return path, client_state
 
     return load_checkpoint
+
+
+def _same_gates(engine: DeepSpeedEngine) -> Any:
+    """The ranks that hold the same gates and see other tokens: data-parallel ones, and sequence-parallel peers."""
+    group = getattr(engine, "seq_data_parallel_group", None)
+    return engine.data_parallel_group if group is None else group
+
+
+def _torch_scaler(engine: DeepSpeedEngine) -> Any:
+    """torch's own loss scaler, which DeepSpeed uses for fp16 by autocast under ZeRO 0."""
+    return getattr(engine, "torch_autocast_z0_gradscaler", None)
+
+
+def _loss_scale(engine: DeepSpeedEngine) -> float:
+    """What the gradients of this step are multiplied by; 1 without a loss scaler."""
+    if not _scales_loss(engine):
+        return 1.0
+    scaler = _torch_scaler(engine)
+    if scaler is not None:
+        return float(scaler.get_scale())
+    optimizer: Any = engine.optimizer
+    return float(optimizer.loss_scale if hasattr(optimizer, "loss_scale") else getattr(optimizer, "cur_scale", 1.0))
 
 
 def _scales_loss(engine: DeepSpeedEngine) -> bool:
@@ -361,7 +387,7 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
 
 
 def _announce(runtime: EngineRuntime | None) -> None:
-    """Say once what SSR does to an engine. DeepSpeed's logger hides all but warnings."""
+    """Say once what SSR does to an engine."""
     if runtime is None:
         lines = ['is installed, but this engine\'s configuration has no "ssr" block: its routers stay as they are']
     elif runtime.config.enabled:
@@ -371,4 +397,9 @@ def _announce(runtime: EngineRuntime | None) -> None:
     else:
         lines = [f"disabled by its block; counting the load of {len(runtime.layers)} routers"]
     for line in lines:
-        print(f"SSR {line}", file=sys.stderr, flush=True)
+        _say(line)
+
+
+def _say(sentence: str) -> None:
+    """One line on stderr. DeepSpeed's logger hides all but warnings."""
+    print(f"SSR {sentence}", file=sys.stderr, flush=True)

@@ -1,9 +1,10 @@
 """The state of balancing rules at the pace of an engine: committed once per optimizer step, saved with its checkpoints.
 
-At every step the sums that all gates have observed travel in one all-reduce over the data-parallel
-ranks, and every rank makes the same next state of them. A step that the loss scaler skipped changes nothing.
-The state is saved in the checkpoint's client state, beside the module's: strict loading keeps working
-with and without it. Every rank saves the state of the whole model, also of other pipeline stages' layers.
+At every step the sums that all gates have observed travel in one all-reduce over the ranks that hold the
+same gates, and every rank makes the same next state of them. A step that the loss scaler skipped changes
+nothing. The state is saved in the checkpoint's client state, beside the module's: strict loading keeps
+working with and without it. Every rank saves the state of the whole model, also of other pipeline
+stages' layers.
 
 Where a trigger decides about transport, the measured imbalance is read at once on the CPU and one step
 later on an accelerator, so that no step waits for it.
@@ -11,17 +12,17 @@ later on an accelerator, so that no step waits for it.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ssr_deepspeed.collectives import gather_objects, sum_over, to_host
-from ssr_deepspeed.config import SSRConfig, Trigger
+from ssr_deepspeed.collectives import gather_objects, maximum_over, sum_over, to_host
+from ssr_deepspeed.config import LOSS_RULES, SSRConfig, Trigger
 from ssr_deepspeed.gate import SSRGate
 
-KEY = "ssr"
+KEY = "ssr_deepspeed_rules"
 """Of the client state."""
 
 
@@ -31,36 +32,49 @@ class RuleStates:
     Args:
         config: the settings.
         gates: this rank's gates by name.
-        data_parallel_group: the ranks that hold the same gates.
+        layers: names of all gates of the model, over all pipeline stages.
+        group: the ranks that hold the same gates and see other tokens.
         device: where the gates run.
+
+    Raises:
+        ValueError: the rule needs sums over ranks, and there is no group to sum over.
     """
 
     def __init__(
-        self, config: SSRConfig, gates: dict[str, SSRGate], data_parallel_group: Any, device: torch.device
+        self, config: SSRConfig, gates: dict[str, SSRGate], layers: list[str], group: Any, device: torch.device
     ) -> None:
-        self._config, self._gates = config, gates
-        self._total = sum_over(data_parallel_group)
+        self._config, self._gates, self._layers = config, gates, layers
+        self._total = sum_over(group)
         measures = config.rule in ("ssr", "capacity")  # under other rules a trigger plays no part
         self._trigger = config.probability if measures and isinstance(config.probability, Trigger) else None
         self._observing = [gate for gate in gates.values() if gate.ssr.rule.sums is not None]
-        self._reads_at_once = device.type == "cpu"
+        if self._observing and group is None and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError(
+                f'ssr.rule = "{config.rule}" sums over the ranks that hold the same gates, but the engine has no '
+                'data-parallel group; allowed here: rules without state, such as "ssr" with a number for probability'
+            )
+        self._checks_losses = config.rule in LOSS_RULES
+        self._device = device
         self._pending: tuple[Tensor, Any] | None = None
 
-    def after_step(self, applied: bool) -> None:
+    def after_step(self, applied: bool, loss_scale: float) -> None:
         """Commit what the passes of this optimizer step have observed; one collective for all gates.
 
         Args:
             applied: whether the step changed the weights; if not, its observations are dropped.
+            loss_scale: what the step's gradients were multiplied by.
 
         Raises:
-            RuntimeError: the rule works by a loss, which the training loss does not contain.
+            RuntimeError: on all ranks, after the first step, if the rule works by a loss which the training
+                loss does not contain.
         """
-        self._check_losses()
+        if self._checks_losses:
+            self._check_losses()
         if not self._observing:
             return
         rules = [gate.ssr.rule for gate in self._observing]
         for rule in rules:
-            rule.gather()
+            rule.gather(loss_scale)
         sums = [rule.sums for rule in rules if rule.sums is not None]
         if applied:
             total = torch.cat(sums)
@@ -73,10 +87,11 @@ class RuleStates:
             self._measure()
 
     def _check_losses(self) -> None:
-        """A loss that nobody adds would leave the router unbalanced without a word."""
-        if self._config.rule not in ("auxiliary", "global_auxiliary", "z"):
-            return
-        if self._gates and not any(gate.ssr.loss_reached for gate in self._gates.values()):
+        """A loss that nobody adds, or weighs with zero, would leave the router unbalanced without a word."""
+        asked = [gate.ssr.loss_reached for gate in self._gates.values() if gate.ssr.loss_reached is not None]
+        self._checks_losses = False
+        missing = torch.tensor(float(bool(asked) and not any(bool(reached) for reached in asked)), device=self._device)
+        if maximum_over(dist.group.WORLD if dist.is_initialized() else None, missing):
             raise RuntimeError(
                 f'ssr.rule = "{self._config.rule}" works by a loss, but no gradient has come back through it: add the '
                 "second item that deepspeed.moe.layer.MoE returns, times a weight such as 0.01, to the training loss"
@@ -84,14 +99,17 @@ class RuleStates:
 
     def _measure(self) -> None:
         """Set which layers route by transport at the next step, by the imbalance that is known by now."""
-        imbalance_L = torch.stack([gate.ssr.rule.state["imbalance"] for gate in self._observing])
-        if self._reads_at_once:
-            self._decide(imbalance_L)
+        before, self._pending = self._pending, None
+        if self._device.type == "cpu":
+            self._decide(self._imbalance())
             return
-        before, self._pending = self._pending, to_host(imbalance_L)
+        self._pending = to_host(self._imbalance())
         if before is not None:
             before[1].synchronize()
             self._decide(before[0])
+
+    def _imbalance(self) -> Tensor:
+        return torch.stack([gate.ssr.rule.state["imbalance"] for gate in self._observing])
 
     def _decide(self, imbalance_L: Tensor) -> None:
         assert self._trigger is not None
@@ -102,50 +120,70 @@ class RuleStates:
             gate.ssr.transport = uneven
 
     def save(self) -> dict[str, Any]:
-        """State of the whole model's rules, the same on every rank; one collective."""
-        mine = {
-            name: {key: value.detach().cpu() for key, value in gate.ssr.rule.state.items()}
+        """State of the whole model's rules, the same on every rank; a collective where the model has stages."""
+        layers = {
+            name: {
+                "state": {key: value.detach().cpu() for key, value in gate.ssr.rule.state.items()},
+                "transport": gate.ssr.transport,
+            }
             for name, gate in self._gates.items()
             if gate.ssr.rule.state
         }
-        layers = {name: state for theirs in gather_objects(mine) for name, state in theirs.items()}
-        transport = {name: gate.ssr.transport for name, gate in self._gates.items()}
-        transport = {name: coin for theirs in gather_objects(transport) for name, coin in theirs.items()}
-        return {"rule": self._config.rule, "layers": layers, "transport": transport}
+        if len(self._gates) < len(self._layers):
+            layers = {name: saved for theirs in gather_objects(layers) for name, saved in theirs.items()}
+        return {"kind": self._kind(), "layers": layers}
+
+    def _kind(self) -> dict[str, str]:
+        """What a state must have in common with the rule that takes it over."""
+        config = self._config
+        own = {"cost": config.cost, "polytope": config.carried.polytope} if config.rule == "carried" else {}
+        return {"rule": config.rule, **own}
 
     def load(self, saved: dict[str, Any] | None) -> str | None:
-        """Take over a checkpoint's state; a sentence where it has none that fits, else None.
+        """Take over a checkpoint's state; a sentence where it has none that fits, else None. One collective.
 
         Raises:
-            ValueError: a layer's state has another shape.
+            ValueError: on all ranks, if a layer's state is missing or has another shape.
         """
         self._pending = None
         for gate in self._gates.values():
             if gate.ssr.rule.sums is not None:
                 gate.ssr.rule.sums.zero_()
-        wanted = {name: gate.ssr.rule.state for name, gate in self._gates.items() if gate.ssr.rule.state}
-        if not wanted:
-            return None
         # A disabled run saves an empty state, a rule that keeps nothing one without layers.
-        if not saved or not saved["layers"] or saved["rule"] != self._config.rule:
-            was = f'the state of rule "{saved["rule"]}"' if saved and saved["layers"] else "no balancing rule's state"
-            return f'the checkpoint has {was}: rule "{self._config.rule}" begins with its initial state'
-        for name, state in wanted.items():
-            theirs = saved["layers"].get(name, {})
-            for key, value in state.items():
-                if key not in theirs or theirs[key].shape != value.shape:
-                    found = tuple(theirs[key].shape) if key in theirs else "none"
-                    raise ValueError(
-                        f'cannot load the state "{key}" of rule "{self._config.rule}" at {name}: shape '
-                        f"{found} in the checkpoint, {tuple(value.shape)} here"
-                    )
-                value.copy_(theirs[key])
+        kind, layers = (saved["kind"], saved["layers"]) if saved and saved["layers"] else ({}, {})
+        fits = kind == self._kind()
+        problem = self._take(layers) if fits else None
+        for theirs in gather_objects(problem):
+            if theirs:
+                raise ValueError(theirs)
+        if fits or not any(gate.ssr.rule.state for gate in self._gates.values()):
+            return None
+        for gate in self._gates.values():
+            gate.renew_rule()
             if self._trigger:
-                self._gates[name].ssr.transport = saved["transport"][name]
+                gate.ssr.transport = False
+        found = f"the state of {_named(kind)}" if kind else "no balancing rule's state"
+        return f"finds {found} in the checkpoint: {_named(self._kind())} begins with its initial state"
+
+    def _take(self, layers: dict[str, Any]) -> str | None:
+        """Copy every gate's state; a sentence about the first that does not fit."""
+        for name, gate in self._gates.items():
+            theirs = layers[name]["state"] if name in layers else {}
+            for key, value in gate.ssr.rule.state.items():
+                if key not in theirs or theirs[key].shape != value.shape:
+                    found = f"has shape {tuple(theirs[key].shape)}" if key in theirs else "is missing"
+                    return (
+                        f'cannot load the state "{key}" of rule "{self._config.rule}" at {name}: it {found} in the '
+                        f"checkpoint, and has shape {tuple(value.shape)} here"
+                    )
+            gate.ssr.rule.take(theirs)
+            if self._trigger:
+                gate.ssr.transport = layers[name]["transport"]
+        if self._trigger and self._device.type != "cpu":
+            self._pending = to_host(self._imbalance())  # as it was on its way when the checkpoint was saved
         return None
 
 
-def say(sentence: str, rank: int) -> None:
-    """One line from rank 0. DeepSpeed's logger hides all but warnings."""
-    if rank == 0:
-        print(f"SSR: {sentence}", file=sys.stderr, flush=True)
+def _named(kind: dict[str, str]) -> str:
+    rest = ", ".join(f'{key} "{value}"' for key, value in kind.items() if key != "rule")
+    return f'rule "{kind["rule"]}"' + (f" ({rest})" if rest else "")

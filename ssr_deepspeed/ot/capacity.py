@@ -150,7 +150,7 @@ def capacity_columns(
         shift_T = row_shifts(scaled_TE, k, iterations=_FEW)
         plan_TE = torch.sigmoid(scaled_TE - shift_T.unsqueeze(1))
         if mask is not None:
-            plan_TE = plan_TE * (mask.reshape(-1, 1) != 0)
+            plan_TE = torch.where(mask.reshape(-1, 1) != 0, plan_TE, 0.0)
         return plan_TE.sum(0, dtype=torch.float64), shift_T * entropy
 
 

@@ -28,7 +28,7 @@ def sinkhorn(rows: Rows, entropy: float, tolerance: float, max_iterations: int, 
 
     On an accelerator the host does not look: all `max_iterations` sweeps are run and those after
     the stop change nothing, so the result is the same. The test is on sums over all ranks, so
-    ranks ranks that share a problem stop together. One call of `rows.reduce` an evaluation. Sums over tokens
+    ranks that share a problem stop together. One call of `rows.reduce` an evaluation. Sums over tokens
     are in the scores' precision: in fp32 the error is good to about 1e-5 for 100,000 tokens.
     """
     columns = column_sums(rows, entropy)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ssr_deepspeed.config import SSRConfig, find_block
+from ssr_deepspeed.config import LOSS_RULES, SSRConfig, find_block
 from ssr_deepspeed.section import Section, require
 
 Checkpointing = Literal["none", "reentrant", "non_reentrant", "deepspeed"]
@@ -49,7 +49,7 @@ class ModelConfig(Section):
     residual: bool = False
     """A dense expert beside the chosen ones (Residual MoE, PR-MoE)."""
     auxiliary_loss: float = 0.0
-    """Coefficient of the gate's load-balancing loss, for runs with TopKGate; SSR's is always zero."""
+    """Coefficient of the gate's load-balancing loss, for TopKGate and for rules that work by a loss."""
     tie_embeddings: bool = True
     """One matrix for input embedding and output logits."""
     rope_base: float = 10000.0
@@ -147,7 +147,13 @@ class RunConfig(Section):
         block = find_block(self.deepspeed)
         if block is None:
             raise ValueError('deepspeed has no "ssr" block; add one, "ssr": {"enabled": false} for TopKGate')
-        SSRConfig.from_dict(block, "deepspeed.ssr")
+        ssr, weight = SSRConfig.from_dict(block, "deepspeed.ssr"), self.model.auxiliary_loss
+        if ssr.enabled and (ssr.rule in LOSS_RULES) != (weight > 0):
+            works = "works by a loss" if weight == 0 else "has no loss to weigh"
+            allowed = "above 0, such as 0.01" if weight == 0 else "0"
+            raise ValueError(
+                f'model.auxiliary_loss = {weight}; allowed: {allowed}, for deepspeed.ssr.rule = "{ssr.rule}" {works}'
+            )
 
 
 def load_run(path: str, overrides: list[str]) -> RunConfig:

@@ -1,13 +1,13 @@
 """The rule `carried`: expert potentials kept between optimizer steps.
 
     select    top k of C + g with the committed potentials g
-    weigh     softmax of the logits at the chosen experts (or the plan)
+    weigh     softmax of C + g at the chosen experts (or of the logits, or the plan)
     refresh   g_j += damping * xi * log(mean(c) / c_j), once per optimizer step, c summed over its
               passes and all ranks: one sweep of Sinkhorn on the whole batch of the step
 
 The column sums `c` are those of the plan with row mass 1, `softmax((C + g) / xi)`, or of the k-capacity
 plan `sigmoid((C + g - a) / xi)`. On chosen steps each batch's problem is solved to the end from `g`, and the
-mean of the solutions is committed.
+mean of the solutions, weighed by their tokens, is committed.
 
 With `refresh` `"before"` a pass is routed by what one sweep on its own tokens makes of the committed
 potentials: they cannot lag behind a router that changes fast. With `"after"` no token is routed by potentials
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from ssr_deepspeed.config import SSRConfig
-from ssr_deepspeed.ot import Solution, Sum, capacity_columns, plan_columns, solve, solve_capacity
+from ssr_deepspeed.ot import Solution, Sum, capacity_columns, plan_columns
+from ssr_deepspeed.routing.fresh import solve_capacity_for, solve_for, weighed
 from ssr_deepspeed.routing.plan import RoutePlan, compatibility
 from ssr_deepspeed.routing.rules import Batch, Choice, Rule
 
@@ -38,42 +39,41 @@ class Carried(Rule):
     def __init__(self, config: SSRConfig, experts: int, width: int, k: int, device: torch.device) -> None:
         super().__init__(config, experts, width, k, device)
         self.state["potentials"] = self._zeros(experts)
-        # Column sums, or solved potentials and how many there are.
+        # Column sums, or solved potentials weighed by their tokens, and how many tokens.
         self.sums = self._sums(experts + 1)
         self._counts = config.carried.polytope == "capacity"
         # Every token asks every expert: nothing to balance.
         self._takes_all = self._counts and k == experts
 
     def choose(self, logits_TE: Tensor, batch: Batch) -> Choice:
-        choice = self.choose_frozen(logits_TE, potentials=True)
-        if self.config.carried.refresh == "after" or self._takes_all:
-            return choice
-        assert choice.scores_TE is not None
-        if batch.transport:
-            solution = self._solve(choice.scores_TE, batch.mask, batch.scope())
-            return self._weighed(replace(choice, potentials_E=solution.potentials, solution=solution))
-        column_E, total = self._columns(choice.scores_TE, batch.mask), batch.scope()
-        potentials_E = self._swept(column_E if total is None else total(column_E)).float()
-        return self._weighed(replace(choice, potentials_E=potentials_E, column_E=column_E))
+        choice = self._committed(logits_TE)
+        scores_TE = choice.scores_TE
+        assert scores_TE is not None
+        if self.config.carried.refresh == "before" and not self._takes_all:
+            if batch.transport:
+                solution = self._solve(scores_TE, batch.mask, batch.scope())
+                choice = replace(choice, potentials_E=solution.potentials, solution=solution)
+            else:
+                column_E, total = self._columns(scores_TE, batch.mask), batch.scope()
+                potentials_E = self._swept(column_E if total is None else total(column_E)).float()
+                choice = replace(choice, potentials_E=potentials_E, column_E=column_E)
+        return self._weighed(choice, batch.mask)
 
-    def choose_frozen(self, logits_TE: Tensor, potentials: bool | None = None) -> Choice:
-        config = self.config
-        if not (config.eval_potentials if potentials is None else potentials):
-            return Choice(logits_TE)
-        scores_TE = compatibility(logits_TE, config.cost)
+    def choose_frozen(self, logits_TE: Tensor) -> Choice:
+        return self._weighed(self._committed(logits_TE), None) if self.config.eval_potentials else Choice(logits_TE)
+
+    def _committed(self, logits_TE: Tensor) -> Choice:
+        """Routes by the committed potentials."""
+        scores_TE = compatibility(logits_TE, self.config.cost)
         # A copy: the state changes in place, and a backward pass may come after that.
-        choice = Choice(logits_TE, self.state["potentials"].clone(), scores_TE, config.xi)
-        return self._weighed(choice)
+        return Choice(logits_TE, self.state["potentials"].clone(), scores_TE, self.config.xi)
 
-    def _weighed(self, choice: Choice) -> Choice:
-        """The choice with the plan's weights, if the configuration asks for them."""
-        if not self.config.weighs_by_plan or self._takes_all:
-            return choice
-        if not self._counts:
-            return replace(choice, by_plan=True)
-        assert choice.scores_TE is not None and choice.potentials_E is not None
-        _, shifts_T = capacity_columns(choice.scores_TE, self.config.xi, self.k, choice.potentials_E)
-        return replace(choice, by_plan=True, shifts_T=shifts_T)
+    def _weighed(self, choice: Choice, mask: Tensor | None) -> Choice:
+        shifts_T = None
+        if self.config.weighs_by == "plan" and self._counts and not self._takes_all:
+            assert choice.scores_TE is not None and choice.potentials_E is not None
+            _, shifts_T = capacity_columns(choice.scores_TE, self.config.xi, self.k, choice.potentials_E)
+        return weighed(choice, self.config, mask, shifts_T)
 
     def observe(self, logits_TE: Tensor, choice: Choice, plan: RoutePlan, batch: Batch) -> None:
         assert self.sums is not None and choice.scores_TE is not None
@@ -81,8 +81,9 @@ class Carried(Rule):
             return
         if batch.transport:
             solution = choice.solution or self._solve(choice.scores_TE, batch.mask, batch.scope())
-            self.sums[:-1] += solution.potentials
-            self.sums[-1] += 1
+            tokens = plan.tokens()
+            self.sums[:-1] += tokens * solution.potentials
+            self.sums[-1] += tokens
         else:
             column_E = choice.column_E
             self.sums[:-1] += self._columns(choice.scores_TE, batch.mask) if column_E is None else column_E
@@ -110,26 +111,7 @@ class Carried(Rule):
         return torch.where(torch.isfinite(moved_E).all(), moved_E - moved_E.mean(), old_E)
 
     def _solve(self, scores_TE: Tensor, mask: Tensor | None, reduce: Sum | None) -> Solution:
-        solver = self.config.solver
         initial_E = self.state["potentials"]
         if self._counts:
-            return solve_capacity(
-                scores_TE,
-                self.config.xi,
-                self.k,
-                mask=mask,
-                tolerance=solver.tolerance,
-                max_iterations=solver.max_iterations,
-                initial=initial_E,
-                reduce=reduce,
-            )
-        return solve(
-            scores_TE,
-            self.config.xi,
-            method=solver.name,
-            mask=mask,
-            tolerance=solver.tolerance,
-            max_iterations=solver.max_iterations,
-            initial=initial_E,
-            reduce=reduce,
-        )
+            return solve_capacity_for(self.config, scores_TE, self.k, mask, reduce, initial_E)
+        return solve_for(self.config, scores_TE, mask, reduce, initial_E)

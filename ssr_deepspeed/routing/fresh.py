@@ -8,43 +8,88 @@ Shapes: T tokens, E experts, K choices a token.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ssr_deepspeed.config import SSRConfig, Trigger
-from ssr_deepspeed.ot import Solution, Sum, implicit_potentials, solve, solve_capacity
+from ssr_deepspeed.ot import CapacitySolution, Solution, Sum, implicit_potentials, solve, solve_capacity
 from ssr_deepspeed.routing.plan import RoutePlan, compatibility
 from ssr_deepspeed.routing.ranks import asked_routes, routes_of_each
 from ssr_deepspeed.routing.rules import Batch, Choice, Rule, max_violation
 
 
-def transport_potentials(
-    scores: Tensor, config: SSRConfig, mask: Tensor | None, reduce: Sum | None
-) -> tuple[Tensor, Solution]:
-    """Solve the transport problem of one batch of tokens.
-
-    Args:
-        scores: compatibility `C [T, E]`, with its graph.
-        config: entropy, solver and gradient.
-        mask: T entries; zero marks padding, which takes no part.
-        reduce: sum over the ranks balanced together, or None for this rank alone.
-
-    Returns:
-        The potentials `g [E]`, differentiable if the gradient is `"implicit"`, and the solution.
-    """
-    solution = solve(
-        scores,
+def solve_for(
+    config: SSRConfig, scores_TE: Tensor, mask: Tensor | None, reduce: Sum | None, initial_E: Tensor | None = None
+) -> Solution:
+    """Solve the transport problem of one batch of tokens, row mass 1, as the configuration says."""
+    return solve(
+        scores_TE,
         config.xi,
         method=config.solver.name,
         mask=mask,
         tolerance=config.solver.tolerance,
         max_iterations=config.solver.max_iterations,
+        initial=initial_E,
         reduce=reduce,
     )
-    potentials_E = solution.potentials
-    if config.gradient == "implicit" and config.weighs_by_plan:
-        potentials_E = implicit_potentials(scores, potentials_E, config.xi, mask, reduce)
-    return potentials_E, solution
+
+
+def solve_capacity_for(
+    config: SSRConfig,
+    scores_TE: Tensor,
+    k: int,
+    mask: Tensor | None,
+    reduce: Sum | None,
+    initial_E: Tensor | None = None,
+) -> CapacitySolution:
+    """The same on the k-capacity polytope."""
+    return solve_capacity(
+        scores_TE,
+        config.xi,
+        k,
+        mask=mask,
+        tolerance=config.solver.tolerance,
+        max_iterations=config.solver.max_iterations,
+        initial=initial_E,
+        reduce=reduce,
+    )
+
+
+def weighed(choice: Choice, config: SSRConfig, mask: Tensor | None, shifts_T: Tensor | None = None) -> Choice:
+    """The choice with the weights and the gradient that the configuration asks for.
+
+    Args:
+        choice: potentials and compatibility that choose; the softmax of the logits weighs.
+        mask: T entries; zero marks padding.
+        shifts_T: row shifts, where the plan is the k-capacity polytope's.
+    """
+    if config.weighs_by == "softmax":
+        return choice
+    scores_TE = choice.scores_TE
+    assert scores_TE is not None
+    if config.plan_gradient == "centred" and scores_TE.requires_grad:
+        scores_TE = _centred(scores_TE, mask)
+    shifted = config.weighs_by == "shifted"
+    return replace(
+        choice,
+        scores_TE=scores_TE,
+        entropy=1.0 if shifted else choice.entropy,
+        by_plan=True,
+        detach=config.plan_gradient == "detach",
+        shifts_T=None if shifted else shifts_T,
+    )
+
+
+def _centred(scores_TE: Tensor, mask: Tensor | None) -> Tensor:
+    """The same numbers, whose gradient lacks its mean over the tokens."""
+    if mask is None:
+        mean_E = scores_TE.mean(dim=0)
+    else:
+        used_T1 = mask.reshape(-1, 1) != 0
+        mean_E = torch.where(used_T1, scores_TE, 0.0).sum(dim=0) / used_T1.sum().clamp_min(1)
+    return scores_TE + (mean_E.detach() - mean_E)
 
 
 class Selective(Rule):
@@ -67,16 +112,13 @@ class Selective(Rule):
 
     def _transport(self, logits_TE: Tensor, scores_TE: Tensor, batch: Batch) -> Choice:
         config = self.config
-        potentials_E, solution = transport_potentials(scores_TE, config, batch.mask, batch.scope())
-        return Choice(
-            logits_TE,
-            potentials_E,
-            scores_TE,
-            config.xi,
-            by_plan=config.weighs_by_plan,
-            detach=config.gradient == "detach",
-            solution=solution,
-        )
+        reduce = batch.scope()
+        solution = solve_for(config, scores_TE, batch.mask, reduce)
+        potentials_E = solution.potentials
+        if config.plan_gradient == "implicit" and config.weighs_by == "plan":
+            potentials_E = implicit_potentials(scores_TE, potentials_E, config.xi, batch.mask, reduce)
+        choice = Choice(logits_TE, potentials_E, scores_TE, config.xi, solution=solution)
+        return weighed(choice, config, batch.mask)
 
     def observe(self, logits_TE: Tensor, choice: Choice, plan: RoutePlan, batch: Batch) -> None:
         if self.sums is None:
@@ -97,26 +139,9 @@ class CapacityPolytope(Selective):
 
     def _transport(self, logits_TE: Tensor, scores_TE: Tensor, batch: Batch) -> Choice:
         config = self.config
-        solution = solve_capacity(
-            scores_TE,
-            config.xi,
-            self.k,
-            mask=batch.mask,
-            tolerance=config.solver.tolerance,
-            max_iterations=config.solver.max_iterations,
-            reduce=batch.scope(),
-        )
-        by_plan = config.weighs_by_plan and self.k < self.experts
-        return Choice(
-            logits_TE,
-            solution.potentials,
-            scores_TE,
-            config.xi,
-            by_plan=by_plan,
-            detach=config.gradient == "detach",
-            shifts_T=solution.shifts if by_plan else None,
-            solution=solution,
-        )
+        solution = solve_capacity_for(config, scores_TE, self.k, batch.mask, batch.scope())
+        choice = Choice(logits_TE, solution.potentials, scores_TE, config.xi, solution=solution)
+        return weighed(choice, config, batch.mask, solution.shifts if self.k < self.experts else None)
 
 
 class SBase(Rule):
@@ -128,13 +153,5 @@ class SBase(Rule):
     def choose(self, logits_TE: Tensor, batch: Batch) -> Choice:
         config = self.config
         scores_TE = compatibility(logits_TE, config.cost).detach()
-        solution = solve(
-            scores_TE,
-            config.xi,
-            method=config.solver.name,
-            mask=batch.mask,
-            tolerance=config.solver.tolerance,
-            max_iterations=config.solver.max_iterations,
-            reduce=batch.scope(),
-        )
+        solution = solve_for(config, scores_TE, batch.mask, batch.scope())
         return Choice(logits_TE, solution.potentials, scores_TE, config.xi, solution=solution)

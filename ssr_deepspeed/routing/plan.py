@@ -49,6 +49,10 @@ class RoutePlan:
     placed_TK: Tensor | None = None
     """bool; False marks a route that no expert had a slot for. None: no route was moved."""
 
+    def tokens(self) -> Tensor | int:
+        """How many tokens there are, padding not counted."""
+        return len(self.experts_TK) if self.used_T is None else self.used_T.sum()
+
 
 def route(
     logits: Tensor,

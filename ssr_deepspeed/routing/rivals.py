@@ -68,7 +68,7 @@ class NoisyTopK(Rule):
     """`noisy`: `Z + N softplus(x W)`, N standard normal, with a trained W; evaluation without noise.
 
     W belongs to the rule and not to the module, whose state dict is the host's; it starts at zero and is
-    trained here by Adam with learning rate `rate`, on the mean gradient over ranks.
+    trained here by Adam with learning rate `rate`, on the mean gradient over ranks, which the engine does not clip.
     Source: Shazeer et al., Outrageously large neural networks, arXiv 1701.06538, equations 3 to 5, without
     their two losses.
     """
@@ -77,9 +77,13 @@ class NoisyTopK(Rule):
         super().__init__(config, experts, width, k, device)
         self._noise_EM = self._zeros(experts, width).requires_grad_()
         self._adam = torch.optim.Adam([self._noise_EM], lr=config.rate)
-        moments = {"mean": torch.zeros_like(self._noise_EM), "square": torch.zeros_like(self._noise_EM)}
         # Adam reads its steps on the host: on the CPU that waits for no device.
-        self.state.update(noise=self._noise_EM.detach(), steps=torch.zeros(()), **moments)
+        self.state = {
+            "noise": self._noise_EM,
+            "mean": self._zeros(experts, width),
+            "square": self._zeros(experts, width),
+            "steps": torch.zeros(()),
+        }
         self._adam.state[self._noise_EM] = {
             "step": self.state["steps"],
             "exp_avg": self.state["mean"],
@@ -89,15 +93,16 @@ class NoisyTopK(Rule):
         self.sums = self._sums(experts * width + 1)
 
     def choose(self, logits_TE: Tensor, batch: Batch) -> Choice:
-        assert batch.input_TM is not None
+        if batch.input_TM is None:
+            raise ValueError('rule "noisy" needs the input of the gate: call the gate itself, not routes_of on logits')
         # Autograd leaves the gradient in `_noise_EM.grad`; `gather` fetches it.
         scale_TE = torch.nn.functional.softplus(torch.nn.functional.linear(batch.input_TM.float(), self._noise_EM))
         return Choice(logits_TE + torch.randn_like(logits_TE) * scale_TE)
 
-    def gather(self) -> None:
+    def gather(self, loss_scale: float = 1.0) -> None:
         assert self.sums is not None
         if self._noise_EM.grad is not None:
-            self.sums[:-1] += self._noise_EM.grad.flatten()
+            self.sums[:-1] += self._noise_EM.grad.flatten() / loss_scale
             self._noise_EM.grad = None
         self.sums[-1] += 1
 
@@ -148,13 +153,13 @@ class QuantileBalancing(Biased):
     """`quantile`: the bias at which each expert would have taken its share of this pass.
 
     With `a_i` the (k + 1)-th largest of `s_i + b`, `-b_j` becomes the `(k T / E + 1)`-th largest of `s_.j - a`. The
-    biases of a step's passes and ranks are averaged.
+    biases of a step's passes and ranks are averaged, weighed by their tokens.
     Source: kexue.fm 11619 (there with the opposite sign of b).
     """
 
     def __init__(self, config: SSRConfig, experts: int, width: int, k: int, device: torch.device) -> None:
         super().__init__(config, experts, width, k, device)
-        # Biases, and how many of them.
+        # Biases weighed by the tokens of their pass, and how many tokens.
         self.sums = self._sums(experts + 1)
 
     def observe(self, logits_TE: Tensor, choice: Choice, plan: RoutePlan, batch: Batch) -> None:
@@ -168,15 +173,15 @@ class QuantileBalancing(Biased):
         if plan.used_T is None:
             share = min(self.k * tokens // self.experts, tokens - 1)
             bias_E = -torch.topk(beyond_ET, share + 1, dim=1).values[:, -1]
-            self.sums[:-1] += bias_E
-            self.sums[-1] += 1
+            self.sums[:-1] += tokens * bias_E
+            self.sums[-1] += tokens
             return
         used = plan.used_T.sum()
         sorted_ET = beyond_ET.masked_fill(~plan.used_T, -torch.inf).sort(dim=1, descending=True).values
         place = torch.minimum(self.k * used // self.experts, used - 1).clamp_min(0)
         bias_E = -sorted_ET.index_select(1, place.reshape(1)).squeeze(1)
-        self.sums[:-1] += torch.where(used > 0, bias_E, 0.0)
-        self.sums[-1] += used > 0
+        self.sums[:-1] += torch.where(used > 0, used * bias_E, 0.0)
+        self.sums[-1] += used
 
     def commit(self, sums: Tensor, transport: bool) -> None:
         self._keep("bias", sums[:-1] / sums[-1])
@@ -186,6 +191,5 @@ def _mean(value_T: Tensor, used_T: Tensor | None) -> Tensor:
     """The mean over the tokens in use, along the first dimension; 0 without any."""
     if used_T is None:
         return value_T.sum(0) / max(len(value_T), 1)
-    weight_T = used_T.to(value_T.dtype)
-    weighted = value_T * (weight_T if value_T.dim() == 1 else weight_T.unsqueeze(1))
-    return weighted.sum(0) / weight_T.sum().clamp_min(1)
+    used_TX = used_T if value_T.dim() == 1 else used_T.unsqueeze(1)
+    return torch.where(used_TX, value_T, 0.0).sum(0) / used_T.sum().clamp_min(1)

@@ -98,8 +98,12 @@ class Rule:
     def observe(self, logits_TE: Tensor, choice: Choice, plan: RoutePlan, batch: Batch) -> None:
         """Add one training pass to `sums`, in place. Called without gradient, never in a recomputation."""
 
-    def gather(self) -> None:
-        """Add to `sums` what is known only when a step's passes are over; called once before `commit`."""
+    def gather(self, loss_scale: float = 1.0) -> None:
+        """Add to `sums` what is known only when a step's passes are over; called once before `commit`.
+
+        Args:
+            loss_scale: what the gradients of this step are multiplied by.
+        """
 
     def commit(self, sums: Tensor, transport: bool) -> None:
         """Make the next state of the sums over all passes and ranks of a step.
@@ -111,8 +115,9 @@ class Rule:
 
     def take(self, state: dict[str, Tensor]) -> None:
         """Take over another rule's state, of the same names and shapes, on whatever device."""
-        for name, value in self.state.items():
-            value.copy_(state[name])
+        with torch.no_grad():
+            for name, value in self.state.items():
+                value.copy_(state[name])
 
     def _keep(self, name: str, value: Tensor) -> None:
         """Commit `value` where all of it is finite; a pass without tokens or with a NaN changes nothing."""

@@ -117,13 +117,16 @@ def test_before_selects_by_what_one_sweep_on_the_batch_itself_gives(polytope):
 
 @by_polytope
 @pytest.mark.parametrize("refresh", ["after", "before"])
-def test_a_transport_step_commits_the_mean_of_its_batches_solutions(polytope, refresh):
+def test_a_transport_step_commits_the_mean_of_its_batches_solutions_weighed_by_their_tokens(polytope, refresh):
     gate = carried_gate(polytope, 2, refresh=refresh, probability=1.0, solver=EXACT)
     batches = [skewed(48, 6), skewed(24, 6, seed=1)]
     weights = [array(routed(gate, logits)[0]) for logits in batches]
+    routed(gate, skewed(9, 6), torch.zeros(9))
     gate.commit()
     solved = [_solved(polytope, array(logits)) for logits in batches]
-    np.testing.assert_allclose(array(potentials_of(gate)), np.mean(solved, axis=0), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        array(potentials_of(gate)), np.average(solved, axis=0, weights=[48, 24]), rtol=0, atol=1e-4
+    )
     for weights_TE, logits, own_E in zip(weights, batches, solved, strict=True):
         z_TE = array(logits)
         select_TE = z_TE + (own_E if refresh == "before" else 0)

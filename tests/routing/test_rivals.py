@@ -69,7 +69,7 @@ def test_a_loss_without_tokens_is_zero_and_evaluation_has_none(rule):
 @pytest.mark.parametrize("k", [1, 2])
 def test_noise_has_the_scale_softplus_of_the_input_times_its_weight(k):
     gate, logits, x = rule_gate("noisy", k), skewed(40, 6), skewed(40, 8, seed=1)
-    gate.ssr.rule.state["noise"].copy_(torch.randn(6, 8))
+    gate.ssr.rule.state["noise"].data.copy_(torch.randn(6, 8))
     torch.manual_seed(7)
     weights_TE = routed(gate, logits, None, x)[0]
     torch.manual_seed(7)
