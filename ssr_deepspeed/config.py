@@ -206,7 +206,7 @@ class SSRConfig(Section):
     weights: Weights | None = None
     """What weighs a token's chosen experts: the plan that chose them, the softmax of the compatibility shifted by
     the potentials (a plan of entropy 1), or the softmax of the logits. None: the plan under `ssr`, the softmax under
-    `capacity`, the shifted one under `carried`. For k = 1 it is always the softmax of the logits."""
+    `capacity`, the shifted one under `carried` with cost linear. For k = 1 it is always the softmax of the logits."""
     carried: CarriedConfig = field(default_factory=CarriedConfig)
     """See `CarriedConfig`."""
     rate: float = 1e-3
@@ -242,6 +242,8 @@ class SSRConfig(Section):
             require(0 <= self.probability <= 1, "probability", self.probability, "0 to 1, a schedule or a trigger")
         if self.weights is not None:
             require_choice(self.weights, "weights", Weights)
+            if self.weights == "shifted" and self.cost == "softmax":
+                fail("weights", self.weights, '"plan" or "softmax" with cost "softmax": shares have no shift')
         require(self.entropy is None or self.entropy > 0, "entropy", self.entropy, "above 0")
         if self.gradient == "implicit" and (self.rule in ("capacity", "carried") or self.weights == "shifted"):
             fail("gradient", self.gradient, '"detach", "partial" or "centred": only the plan of rule "ssr" has it')
@@ -295,7 +297,7 @@ class SSRConfig(Section):
     @property
     def weighs_by(self) -> Weights:
         """What weighs the chosen experts: the option given, or the rule's own."""
-        own: dict[str, Weights] = {"ssr": "plan", "carried": "shifted"}
+        own: dict[str, Weights] = {"ssr": "plan", "carried": "shifted" if self.cost == "linear" else "softmax"}
         return self.weights or own.get(self.rule, "softmax")
 
     def unused_keys(self, block: dict[str, Any]) -> list[str]:

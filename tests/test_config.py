@@ -21,6 +21,7 @@ def test_an_empty_block_gives_the_defaults():
 def test_every_field_goes_through_json_and_back():
     config = SSRConfig.from_dict(
         {
+            "rule": "ssr",
             "probability": {"warmup_steps": 5, "decay_steps": 10, "final": 0.1},
             "cost": "softmax",
             "entropy": 0.5,
@@ -65,10 +66,11 @@ def test_every_field_goes_through_json_and_back():
         ({"rule": "caried"}, ["ssr.rule", "'caried'", "did you mean 'carried'?", "loss_free"]),
         ({"rule": None}, ["ssr.rule", "None", "carried"]),
         ({"probability": {"imbalanse": 0.5}}, ["ssr.probability", "imbalanse"]),
+        ({"weights": "shifted", "cost": "softmax"}, ["ssr.weights", "shifted", "plan"]),
         ({"probability": {"imbalance": 0}}, ["ssr.probability.imbalance", "0", "above 0"]),
         ({"probability": {"imbalance": 0.5, "warmup": 1.0}}, ["unknown key ssr.probability.imbalance", "warmup"]),
         ({"rule": "carried", "probability": {"imbalance": 0.5}}, ["ssr.probability", "a number or a schedule"]),
-        ({"rule": "capacity", "gradient": "implicit"}, ["ssr.gradient", "'implicit'", "partial", "capacity"]),
+        ({"rule": "capacity", "gradient": "implicit"}, ["ssr.gradient", "'implicit'", "partial", 'rule "ssr"']),
         ({"weights": "plans"}, ["ssr.weights", "'plans'", "did you mean 'plan'?"]),
         ({"carried": {"polytope": "masses"}}, ["ssr.carried.polytope", "'masses'", "did you mean 'mass'?"]),
         ({"carried": {"refresh": "during"}}, ["ssr.carried.refresh", "'during'", "before"]),
@@ -194,6 +196,7 @@ def test_the_entropy_in_use_is_the_one_given_or_the_polytopes_own(block, xi):
         ({"rule": "capacity"}, "softmax"),
         ({"rule": "carried", "weights": "plan"}, "plan"),
         ({"rule": "carried", "weights": None}, "shifted"),
+        ({"rule": "carried", "cost": "softmax"}, "softmax"),
     ],
 )
 def test_the_weights_in_use_are_those_given_or_the_rules_own(block, weights):

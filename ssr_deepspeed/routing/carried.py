@@ -73,7 +73,7 @@ class Carried(Rule):
         if self.config.weighs_by == "plan" and self._counts and not self._takes_all:
             assert choice.scores_TE is not None and choice.potentials_E is not None
             _, shifts_T = capacity_columns(choice.scores_TE, self.config.xi, self.k, choice.potentials_E)
-        return weighed(choice, self.config, mask, shifts_T)
+        return weighed(choice, self.config, self.k, mask, shifts_T)
 
     def observe(self, logits_TE: Tensor, choice: Choice, plan: RoutePlan, batch: Batch) -> None:
         assert self.sums is not None and choice.scores_TE is not None

@@ -57,11 +57,12 @@ def solve_capacity_for(
     )
 
 
-def weighed(choice: Choice, config: SSRConfig, mask: Tensor | None, shifts_T: Tensor | None = None) -> Choice:
+def weighed(choice: Choice, config: SSRConfig, k: int, mask: Tensor | None, shifts_T: Tensor | None = None) -> Choice:
     """The choice with the weights and the gradient that the configuration asks for.
 
     Args:
         choice: potentials and compatibility that choose; the softmax of the logits weighs.
+        k: experts a token; one is weighed by the softmax whatever is asked for.
         mask: T entries; zero marks padding.
         shifts_T: row shifts, where the plan is the k-capacity polytope's.
     """
@@ -69,7 +70,7 @@ def weighed(choice: Choice, config: SSRConfig, mask: Tensor | None, shifts_T: Te
         return choice
     scores_TE = choice.scores_TE
     assert scores_TE is not None
-    if config.plan_gradient == "centred" and scores_TE.requires_grad:
+    if config.plan_gradient == "centred" and k > 1 and scores_TE.requires_grad:
         scores_TE = _centred(scores_TE, mask)
     shifted = config.weighs_by == "shifted"
     return replace(
@@ -118,7 +119,7 @@ class Selective(Rule):
         if config.plan_gradient == "implicit" and config.weighs_by == "plan":
             potentials_E = implicit_potentials(scores_TE, potentials_E, config.xi, batch.mask, reduce)
         choice = Choice(logits_TE, potentials_E, scores_TE, config.xi, solution=solution)
-        return weighed(choice, config, batch.mask)
+        return weighed(choice, config, self.k, batch.mask)
 
     def observe(self, logits_TE: Tensor, choice: Choice, plan: RoutePlan, batch: Batch) -> None:
         if self.sums is None:
@@ -141,7 +142,7 @@ class CapacityPolytope(Selective):
         config = self.config
         solution = solve_capacity_for(config, scores_TE, self.k, batch.mask, batch.scope())
         choice = Choice(logits_TE, solution.potentials, scores_TE, config.xi, solution=solution)
-        return weighed(choice, config, batch.mask, solution.shifts if self.k < self.experts else None)
+        return weighed(choice, config, self.k, batch.mask, solution.shifts if self.k < self.experts else None)
 
 
 class SBase(Rule):

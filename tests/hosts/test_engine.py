@@ -28,7 +28,7 @@ def _install_swap_uninstall():
     model = ToyModel()
     weights = [layer.deepspeed_moe.gate.wg.weight for layer in model.layers]
     values = [weight.detach().clone() for weight in weights]
-    engine = build_engine(model, {"probability": 1.0})
+    engine = build_engine(model, {"rule": "ssr", "probability": 1.0})
     assert [type(gate) for gate in _gates(engine)] == [SSRGate] * 2
     assert [gate.wg.weight for gate in _gates(engine)] == weights
     assert all(torch.equal(a, b) for a, b in zip(weights, values, strict=True))
@@ -76,7 +76,7 @@ def _train(engine, steps, accumulation=1):
 
 def _coin_follows_the_engine(folder):
     ssr_deepspeed.install()
-    block = {"probability": 0.5, "per": "layer", "seed": 4}
+    block = {"rule": "ssr", "probability": 0.5, "per": "layer", "seed": 4}
     expected = [[is_transport_step(SSRConfig.from_dict(block), step, layer) for layer in (0, 1)] for step in range(12)]
     engine = build_engine(ToyModel(), block, zero=1, gradient_accumulation_steps=2)
     assert _train(engine, 8, accumulation=2) == [coins for coins in expected[:8] for _ in range(2)]
@@ -172,11 +172,11 @@ def _step_on(ranks_batches, ep_size, block, k, zero):
 
 
 _BLOCKS = [
-    {"probability": 0.0},
-    {"probability": 1.0, "scope": "data_parallel", "solver": {"tolerance": 1e-5, "max_iterations": 200}},
-    {"probability": 1.0, "scope": "expert_parallel", "cost": "softmax", "entropy": 0.3},
-    {"probability": 1.0, "scope": "data_parallel", "gradient": "implicit"},
-    {"probability": 1.0, "scope": "data_parallel", "solver": {"name": "newton", "tolerance": 1e-5}},
+    {"rule": "ssr", "probability": 0.0},
+    {"rule": "ssr", "probability": 1.0, "scope": "data_parallel", "solver": {"tolerance": 1e-5, "max_iterations": 200}},
+    {"rule": "ssr", "probability": 1.0, "scope": "expert_parallel", "cost": "softmax", "entropy": 0.3},
+    {"rule": "ssr", "probability": 1.0, "scope": "data_parallel", "gradient": "implicit"},
+    {"rule": "ssr", "probability": 1.0, "scope": "data_parallel", "solver": {"name": "newton", "tolerance": 1e-5}},
 ]
 _CASES = [(block, k, 0) for block in _BLOCKS for k in (1, 2, 3)] + [(_BLOCKS[1], 2, 1), (_BLOCKS[1], 2, 2)]
 
@@ -215,7 +215,7 @@ def _monitored(path, enabled):
     rank = dist.get_rank()
     engine = build_engine(
         ToyModel(2, rank, drop=True, capacity_factor=1.0),
-        {"enabled": enabled, "probability": 0.5, "seed": 2, "monitor": {"interval": 3, "path": path}},
+        {"enabled": enabled, "rule": "ssr", "probability": 0.5, "seed": 2, "monitor": {"interval": 3, "path": path}},
         gradient_accumulation_steps=2,
     )
     counted = torch.zeros(7, 2, EXPERTS)
@@ -246,7 +246,7 @@ def test_the_monitor_counts_every_training_pass_of_all_ranks_and_nothing_else(tm
             assert figures["load"] == pytest.approx((load / load.sum()).tolist(), abs=1e-6)
             by_step = (window[:, index].max(1).values / window[:, index].mean(1) - 1).mean()
             assert figures["max_vio"] == pytest.approx(float(by_step), abs=1e-5)
-    config = SSRConfig.from_dict({"probability": 0.5, "seed": 2})
+    config = SSRConfig.from_dict({"rule": "ssr", "probability": 0.5, "seed": 2})
     coins = [enabled and is_transport_step(config, step, 0) for step in range(3)]
     assert records[0]["layers"]["layers.0.deepspeed_moe.gate"]["transport_share"] == pytest.approx(
         sum(coins) / 3, abs=1e-6

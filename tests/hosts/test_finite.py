@@ -15,7 +15,7 @@ def _spoil_one_pass(bad):
     """Train three steps of two micro-batches; on rank 1 one token of the third step's first is not finite."""
     ssr_deepspeed.install()
     rank = dist.get_rank()
-    engine = build_engine(ToyModel(2, rank), {"probability": 0.5}, gradient_accumulation_steps=2)
+    engine = build_engine(ToyModel(2, rank), {"rule": "ssr", "probability": 0.5}, gradient_accumulation_steps=2)
     for step in range(3):
         for micro_batch in range(2):
             tokens = torch.randn(1, 8, WIDTH)

@@ -27,7 +27,14 @@ def _recomputation(cache):
             cache,
             kind,
             model={"capacity_factor": 1.0},
-            ssr={"probability": 0.5, "per": "layer", "seed": 2, "noise": {"scale": 0.5}, "monitor": {"interval": 1}},
+            ssr={
+                "rule": "ssr",
+                "probability": 0.5,
+                "per": "layer",
+                "seed": 2,
+                "noise": {"scale": 0.5},
+                "monitor": {"interval": 1},
+            },
             deepspeed={"zero_optimization": {"stage": 0}},
         )
         assert [gate.ssr.transport for gate in engine.gate_modules] == [True, False]

@@ -33,7 +33,7 @@ def tiny_run(cache, *, ssr=None, model=None, data=None, deepspeed=None, **settin
                 "gradient_clipping": 1.0,
                 "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1, "torch_adam": True}},
                 "zero_optimization": {"stage": 1},
-                "ssr": {"probability": 0.5, "noise": {"scale": 0.1}, **(ssr or {})},
+                "ssr": {"rule": "ssr", "probability": 0.5, "noise": {"scale": 0.1}, **(ssr or {})},
                 **(deepspeed or {}),
             },
             "steps": 8,

@@ -14,7 +14,7 @@ by_polytope = pytest.mark.parametrize("polytope", POLYTOPES)
 
 
 def carried_gate(polytope, k=2, potentials=None, refresh="after", damping=1.0, **block):
-    block.setdefault("entropy", 0.5)
+    block = {"entropy": 0.5, "weights": "softmax", **block}
     carried = {"polytope": polytope, "refresh": refresh, "damping": damping}
     gate = rule_gate("carried", k, carried=carried, **block)
     if potentials is not None:
@@ -85,18 +85,44 @@ def test_micro_batches_of_a_step_move_the_potentials_as_one_batch_of_all_does(po
 
 
 @by_polytope
-@pytest.mark.parametrize("weights", ["softmax", "plan"])
+@pytest.mark.parametrize("weights", ["softmax", "shifted", "plan"])
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_the_committed_potentials_select_and_the_plan_or_the_softmax_weighs(polytope, weights, k):
+def test_the_committed_potentials_select_and_what_was_asked_for_weighs(polytope, weights, k):
     start_E = torch.tensor([-1.5, 0.2, -0.7, 0.4, 0.3, 1.3])
     gate, logits = carried_gate(polytope, k, start_E, weights=weights), skewed(40, 6)
     weights_TE, l_aux, _ = routed(gate, logits)
     z_TE = array(logits)
-    plan_TE = plan_of(polytope, z_TE, array(start_E), k, 0.5)
-    weigh_TE = plan_TE if weights == "plan" and k > 1 else softmax(z_TE, axis=1)
+    by = {"plan": plan_of(polytope, z_TE, array(start_E), k, 0.5), "shifted": softmax(z_TE + array(start_E), axis=1)}
+    weigh_TE = by[weights] if weights in by and k > 1 else softmax(z_TE, axis=1)
     np.testing.assert_allclose(array(weights_TE), top_k(z_TE + array(start_E), weigh_TE, k), rtol=1e-4)
     assert (array(weights_TE > 0) != (top_k(z_TE, z_TE, k) != 0)).any(), "the potentials changed no choice"
     assert l_aux.item() == 0
+
+
+@by_polytope
+@pytest.mark.parametrize("refresh", ["after", "before"])
+@pytest.mark.parametrize("weights", ["shifted", "plan"])
+def test_a_centred_gradient_is_the_partial_one_less_its_mean_over_the_tokens_in_use(polytope, refresh, weights):
+    used, goal_TE = torch.arange(40) % 5 != 0, torch.randn(40, 6)
+
+    def weigh(kind, logits):
+        start_E = torch.tensor([-1.5, 0.2, -0.7, 0.4, 0.3, 1.3])
+        gate = carried_gate(polytope, 2, start_E, refresh=refresh, weights=weights, gradient=kind)
+        return routed(gate, logits, used)[0]
+
+    def gradient(kind):
+        logits = skewed(40, 6).requires_grad_()
+        weights_TE = weigh(kind, logits)
+        (weights_TE * goal_TE).sum().backward()
+        return array(logits.grad), array(weights_TE)
+
+    (partial_TE, first_TE), (centred_TE, second_TE) = gradient("partial"), gradient("centred")
+    np.testing.assert_array_equal(first_TE, second_TE)
+    inside = used.numpy()
+    np.testing.assert_allclose(centred_TE[inside], partial_TE[inside] - partial_TE[inside].mean(0), atol=1e-6)
+    assert abs(centred_TE.sum(0)).max() < 1e-5 < abs(partial_TE.sum(0)).max()
+    assert not centred_TE[~inside].any()
+    assert not weigh("detach", skewed(40, 6).requires_grad_()).requires_grad
 
 
 @by_polytope
