@@ -45,7 +45,6 @@ COLUMNS = (
     Column("at capacity 1.25 (%)", ("drop_rate", "1.25"), 2, 0.01),
     Column("source in expert (bits)", ("mutual_information",), 3),
     Column("gate's share of time (%)", ("gate_time_share",), 1, 0.01),
-    Column("tokens a second", ("tokens_per_second",), 0),
 )
 BALANCE = Column("MaxVio of a batch", ("max_vio_batch",))
 

@@ -178,6 +178,46 @@ def test_checkpoints_cross_between_rules_strictly_and_rank_zero_says_what_was_le
     assert not any(second)
 
 
+class Accelerator:
+    """A device whose values the host reads one step late."""
+
+    type = "accelerator"
+
+
+def _late_triggers(folder):
+    """Transport of each step, straight on and resumed after the third."""
+    from ssr_deepspeed.hosts import rules
+
+    ssr_deepspeed.install()
+    rules.to_host = lambda tensor: (tensor.clone(), type("Copied", (), {"synchronize": lambda self: None})())
+
+    def engine_of():
+        engine = build_engine(ToyModel(), TRIGGER, optimizer=PLAIN)
+        engine.ssr._rules._device = Accelerator()
+        return engine
+
+    def train(engine, steps):
+        seen = []
+        for step in steps:
+            seen.append([gate.ssr.transport for gate in _gates(engine)])
+            _step(engine, _batch(step) * (1 + step % 3))
+        return seen
+
+    straight = engine_of()
+    first = train(straight, range(3))
+    straight.save_checkpoint(folder)
+    rest = train(straight, range(3, 7))
+    resumed = engine_of()
+    resumed.load_checkpoint(folder)
+    return first, rest, train(resumed, range(3, 7))
+
+
+def test_a_trigger_read_one_step_late_resumes_where_it_was(tmp_path):
+    ((first, rest, resumed),) = run_ranks(1, _late_triggers, str(tmp_path), folder=tmp_path)
+    assert resumed == rest
+    assert len({coin for step in first + rest for coin in step}) == 2
+
+
 def _refuses_states():
     ssr_deepspeed.install()
     engine = build_engine(ToyModel(), COUNTS)
@@ -210,12 +250,31 @@ def _losses_under(rule, rank):
         engine.backward(l_aux)
         engine.step()
         losses.append(l_aux.item())
-    deaf = build_engine(WithLoss(2, rank), {"rule": rule})
-    out, l_aux = deaf(_batch(0, slice(rank, rank + 1)))
-    deaf.backward(out.square().mean())
-    with pytest.raises(RuntimeError, match=rf'ssr.rule = "{rule}" works by a loss.*deepspeed.moe.layer.MoE returns'):
-        deaf.step()
+    # One rank alone leaves it out, or weighs it with zero: all are told.
+    for weight in (None, 0.0):
+        deaf = build_engine(WithLoss(2, rank), {"rule": rule})
+        out, l_aux = deaf(_batch(0, slice(rank, rank + 1)))
+        loss = out.square().mean()
+        deaf.backward(loss if weight is None and rank else loss + (weight or float(rank == 0)) * l_aux)
+        with pytest.raises(RuntimeError, match=rf'ssr.rule = "{rule}" works by a loss.*moe.layer.MoE returns'):
+            deaf.step()
     return losses
+
+
+def _frozen_router():
+    ssr_deepspeed.install()
+    model = WithLoss()
+    for layer in model.layers:
+        layer.deepspeed_moe.gate.wg.weight.requires_grad_(False)
+    engine = build_engine(model, {"rule": "auxiliary"})
+    out, l_aux = engine(_batch(0))
+    engine.backward(out.square().mean() + 0.01 * l_aux)
+    engine.step()
+    return engine.global_steps
+
+
+def test_nobody_misses_the_loss_of_a_router_that_is_not_trained(tmp_path):
+    assert run_ranks(1, _frozen_router, folder=tmp_path) == [1]
 
 
 def test_a_loss_that_the_training_loss_lacks_is_an_error_on_all_ranks_and_one_in_it_falls(tmp_path):
