@@ -5,7 +5,7 @@ over the ranks comes in as a function.
 """
 
 from ssr_deepspeed.ot.capacity import CapacitySolution, capacity_columns, solve_capacity
-from ssr_deepspeed.ot.gradient import implicit_potentials, unrolled_potentials
+from ssr_deepspeed.ot.gradient import centred_scores, implicit_potentials, unrolled_potentials
 from ssr_deepspeed.ot.problem import Solution, Sum
 from ssr_deepspeed.ot.sinkhorn import plan_columns
 from ssr_deepspeed.ot.sns import SparseNewtonSolution, sinkhorn_newton_sparse
@@ -17,6 +17,7 @@ __all__ = [
     "SparseNewtonSolution",
     "Sum",
     "capacity_columns",
+    "centred_scores",
     "implicit_potentials",
     "plan",
     "plan_columns",

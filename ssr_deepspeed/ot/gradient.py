@@ -1,4 +1,4 @@
-"""Gradient of the expert potentials with respect to the scores.
+"""Gradient of the expert potentials with respect to the scores, and what of it costs nothing.
 
 At the solution the column sums are constant, `c(g, C) = s`. By the implicit function theorem (as
 in Eisenberger et al., A Unified Framework for Implicit Sinkhorn Differentiation, CVPR 2022, there
@@ -42,6 +42,21 @@ def implicit_potentials(
     return _ImplicitPotentials.apply(scores, potentials, entropy, mask, reduce)
 
 
+def centred_scores(scores: Tensor, mask: Tensor | None = None, reduce: Sum | None = None) -> Tensor:
+    """The same scores, whose gradient lacks its mean over the tokens: `dl/dC_ij` less the mean of `dl/dC_.j`.
+
+    A shift of one expert's scores for all tokens is undone by the expert's potential, so a plan has no gradient
+    along it. With potentials held constant there is one; this takes it out, and nothing else. Over several
+    ranks the backward pass calls `reduce` once, with `E + 1` numbers. No second derivatives.
+
+    Args:
+        scores: `C [T, E]`, with their graph.
+        mask: T entries; zero leaves a token out.
+        reduce: sum over the ranks that share the problem.
+    """
+    return _CentredScores.apply(scores, mask, reduce)
+
+
 def unrolled_potentials(scores: Tensor, entropy: float, sweeps: int, mask: Tensor | None = None) -> Tensor:
     """Potentials after a number of Sinkhorn sweeps, differentiated through every one of them.
 
@@ -67,6 +82,30 @@ def unrolled_potentials(scores: Tensor, entropy: float, sweeps: int, mask: Tenso
         potential_E = potential_E + log_target - torch.logsumexp(log_plan_TE, dim=0)
         potential_E = potential_E - potential_E.mean()
     return potential_E * entropy
+
+
+class _CentredScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, mask: Tensor | None, reduce: Sum | None) -> Tensor:
+        ctx.reduce = reduce
+        ctx.save_for_backward(mask)
+        return scores.view_as(scores)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient_TE: Tensor) -> tuple[Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        if mask is None:
+            used_T1 = torch.ones_like(gradient_TE[:, :1])
+        else:
+            used_T1 = (mask.reshape(-1, 1) != 0).to(gradient_TE.dtype)
+        total = torch.cat(
+            [(gradient_TE * used_T1).sum(0, dtype=torch.float64), used_T1.sum(dtype=torch.float64).view(1)]
+        )
+        if ctx.reduce is not None:
+            total = ctx.reduce(total)
+        mean_E = (total[:-1] / total[-1].clamp_min(1)).to(gradient_TE)
+        return gradient_TE - mean_E * used_T1, None, None
 
 
 class _ImplicitPotentials(torch.autograd.Function):

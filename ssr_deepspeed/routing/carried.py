@@ -46,21 +46,23 @@ class Carried(Rule):
         self._takes_all = self._counts and k == experts
 
     def choose(self, logits_TE: Tensor, batch: Batch) -> Choice:
-        choice = self._committed(logits_TE)
+        choice, reduce = self._committed(logits_TE), batch.scope()
         scores_TE = choice.scores_TE
         assert scores_TE is not None
         if self.config.carried.refresh == "before" and not self._takes_all:
             if batch.transport:
-                solution = self._solve(scores_TE, batch.mask, batch.scope())
+                solution = self._solve(scores_TE, batch.mask, reduce)
                 choice = replace(choice, potentials_E=solution.potentials, solution=solution)
             else:
-                column_E, total = self._columns(scores_TE, batch.mask), batch.scope()
-                potentials_E = self._swept(column_E if total is None else total(column_E)).float()
+                column_E = self._columns(scores_TE, batch.mask)
+                potentials_E = self._swept(column_E if reduce is None else reduce(column_E)).float()
                 choice = replace(choice, potentials_E=potentials_E, column_E=column_E)
-        return self._weighed(choice, batch.mask)
+        return self._weighed(choice, batch.mask, reduce)
 
     def choose_frozen(self, logits_TE: Tensor) -> Choice:
-        return self._weighed(self._committed(logits_TE), None) if self.config.eval_potentials else Choice(logits_TE)
+        if not self.config.eval_potentials:
+            return Choice(logits_TE)
+        return self._weighed(self._committed(logits_TE), None, None)
 
     def _committed(self, logits_TE: Tensor) -> Choice:
         """Routes by the committed potentials."""
@@ -68,12 +70,12 @@ class Carried(Rule):
         # A copy: the state changes in place, and a backward pass may come after that.
         return Choice(logits_TE, self.state["potentials"].clone(), scores_TE, self.config.xi)
 
-    def _weighed(self, choice: Choice, mask: Tensor | None) -> Choice:
+    def _weighed(self, choice: Choice, mask: Tensor | None, reduce: Sum | None) -> Choice:
         shifts_T = None
         if self.config.weighs_by == "plan" and self._counts and not self._takes_all:
             assert choice.scores_TE is not None and choice.potentials_E is not None
             _, shifts_T = capacity_columns(choice.scores_TE, self.config.xi, self.k, choice.potentials_E)
-        return weighed(choice, self.config, self.k, mask, shifts_T)
+        return weighed(choice, self.config, self.k, mask, reduce, shifts_T)
 
     def observe(self, logits_TE: Tensor, choice: Choice, plan: RoutePlan, batch: Batch) -> None:
         assert self.sums is not None and choice.scores_TE is not None

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from ssr_deepspeed.config import SSRConfig, Trigger
-from ssr_deepspeed.ot import CapacitySolution, Solution, Sum, implicit_potentials, solve, solve_capacity
+from ssr_deepspeed.ot import (
+    CapacitySolution,
+    Solution,
+    Sum,
+    centred_scores,
+    implicit_potentials,
+    solve,
+    solve_capacity,
+)
 from ssr_deepspeed.routing.plan import RoutePlan, compatibility
 from ssr_deepspeed.routing.ranks import asked_routes, routes_of_each
 from ssr_deepspeed.routing.rules import Batch, Choice, Rule, max_violation
@@ -57,13 +65,16 @@ def solve_capacity_for(
     )
 
 
-def weighed(choice: Choice, config: SSRConfig, k: int, mask: Tensor | None, shifts_T: Tensor | None = None) -> Choice:
+def weighed(
+    choice: Choice, config: SSRConfig, k: int, mask: Tensor | None, reduce: Sum | None, shifts_T: Tensor | None = None
+) -> Choice:
     """The choice with the weights and the gradient that the configuration asks for.
 
     Args:
         choice: potentials and compatibility that choose; the softmax of the logits weighs.
         k: experts a token; one is weighed by the softmax whatever is asked for.
         mask: T entries; zero marks padding.
+        reduce: sum over the ranks balanced together, or None for this rank alone.
         shifts_T: row shifts, where the plan is the k-capacity polytope's.
     """
     if config.weighs_by == "softmax":
@@ -71,7 +82,7 @@ def weighed(choice: Choice, config: SSRConfig, k: int, mask: Tensor | None, shif
     scores_TE = choice.scores_TE
     assert scores_TE is not None
     if config.plan_gradient == "centred" and k > 1 and scores_TE.requires_grad:
-        scores_TE = _centred(scores_TE, mask)
+        scores_TE = centred_scores(scores_TE, mask, reduce)
     shifted = config.weighs_by == "shifted"
     return replace(
         choice,
@@ -81,16 +92,6 @@ def weighed(choice: Choice, config: SSRConfig, k: int, mask: Tensor | None, shif
         detach=config.plan_gradient == "detach",
         shifts_T=None if shifted else shifts_T,
     )
-
-
-def _centred(scores_TE: Tensor, mask: Tensor | None) -> Tensor:
-    """The same numbers, whose gradient lacks its mean over the tokens."""
-    if mask is None:
-        mean_E = scores_TE.mean(dim=0)
-    else:
-        used_T1 = mask.reshape(-1, 1) != 0
-        mean_E = torch.where(used_T1, scores_TE, 0.0).sum(dim=0) / used_T1.sum().clamp_min(1)
-    return scores_TE + (mean_E.detach() - mean_E)
 
 
 class Selective(Rule):
@@ -119,7 +120,7 @@ class Selective(Rule):
         if config.plan_gradient == "implicit" and config.weighs_by == "plan":
             potentials_E = implicit_potentials(scores_TE, potentials_E, config.xi, batch.mask, reduce)
         choice = Choice(logits_TE, potentials_E, scores_TE, config.xi, solution=solution)
-        return weighed(choice, config, self.k, batch.mask)
+        return weighed(choice, config, self.k, batch.mask, reduce)
 
     def observe(self, logits_TE: Tensor, choice: Choice, plan: RoutePlan, batch: Batch) -> None:
         if self.sums is None:
@@ -140,9 +141,10 @@ class CapacityPolytope(Selective):
 
     def _transport(self, logits_TE: Tensor, scores_TE: Tensor, batch: Batch) -> Choice:
         config = self.config
-        solution = solve_capacity_for(config, scores_TE, self.k, batch.mask, batch.scope())
+        reduce = batch.scope()
+        solution = solve_capacity_for(config, scores_TE, self.k, batch.mask, reduce)
         choice = Choice(logits_TE, solution.potentials, scores_TE, config.xi, solution=solution)
-        return weighed(choice, config, self.k, batch.mask, solution.shifts if self.k < self.experts else None)
+        return weighed(choice, config, self.k, batch.mask, reduce, solution.shifts if self.k < self.experts else None)
 
 
 class SBase(Rule):

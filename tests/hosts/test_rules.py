@@ -18,8 +18,20 @@ PLAIN = {"type": "SGD", "params": {"lr": 0.1}}
 STILL = {"type": "SGD", "params": {"lr": 0.0}}
 GATE = "layers.0.deepspeed_moe.gate"
 
-MASS = {"rule": "carried", "probability": 0.0, "carried": {"polytope": "mass", "refresh": "after"}}
-COUNTS = {"rule": "carried", "probability": 0.0, "weights": "plan", "carried": {"refresh": "after"}}
+# The mean that a centred gradient lacks is that of a pass.
+MASS = {
+    "rule": "carried",
+    "probability": 0.0,
+    "gradient": "partial",
+    "carried": {"polytope": "mass", "refresh": "after"},
+}
+COUNTS = {
+    "rule": "carried",
+    "probability": 0.0,
+    "weights": "plan",
+    "gradient": "partial",
+    "carried": {"refresh": "after"},
+}
 BEFORE = {"rule": "carried", "probability": 0.0, "scope": "data_parallel"}
 LOSS_FREE = {"rule": "loss_free", "rate": 0.05}
 SOMETIMES = {"rule": "ssr", "probability": 0.5}
