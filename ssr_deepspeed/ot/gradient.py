@@ -95,6 +95,8 @@ class _CentredScores(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient_TE: Tensor) -> tuple[Tensor, None, None]:
         (mask,) = ctx.saved_tensors
+        if mask is None and ctx.reduce is None:
+            return gradient_TE - gradient_TE.mean(0), None, None
         if mask is None:
             used_T1 = torch.ones_like(gradient_TE[:, :1])
         else:

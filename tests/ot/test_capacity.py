@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ssr_deepspeed.ot.capacity
 from ssr_deepspeed.ot import solve_capacity
-from ssr_deepspeed.ot.capacity import row_shifts
+from ssr_deepspeed.ot.capacity import capacity_columns, row_shifts
 from tests.gloo import run_ranks
 from tests.ot.problems import problem
 
@@ -178,12 +178,26 @@ def _spread_rows(k):
 
 
 @pytest.mark.parametrize("looks", [True, False])
-@pytest.mark.parametrize("iterations", [4, 60])
 @pytest.mark.parametrize("k", [1, 2, 4, 7])
-def test_rows_keep_the_shift_they_have_found_while_others_go_on(monkeypatch, k, iterations, looks):
+def test_rows_keep_the_shift_they_have_found_while_others_go_on(monkeypatch, k, looks):
     """Also where the host does not look, and all rows go on to the end."""
     monkeypatch.setattr(ssr_deepspeed.ot.capacity, "readable", lambda tensor: looks)
     scaled_TE = _spread_rows(k)
-    shift_T = row_shifts(scaled_TE, k, iterations).double()
+    shift_T = row_shifts(scaled_TE, k).double()
     sum_T = torch.sigmoid(scaled_TE.double() - shift_T.unsqueeze(1)).sum(1)
     assert (sum_T - k).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("experts", "k"), [(8, 1), (8, 2), (8, 5), (8, 7), (64, 1), (64, 8), (256, 8)])
+@pytest.mark.parametrize("spread", [0.03, 0.3, 1.0, 3.0, 30.0, 100.0])
+def test_columns_at_given_potentials_are_good_to_a_thousandth(experts, k, spread):
+    """The spread of the scores is in units of the entropy; some experts are preferred by all tokens."""
+    scores_TE = 0.3 * spread * (torch.randn(1500, experts) + 0.5 * torch.randn(experts))
+    potentials_E = 0.3 * spread * torch.randn(experts) / 4
+    column_E, shift_T = capacity_columns(scores_TE, 0.3, k, potentials_E)
+    scaled_TE = (scores_TE.double() + potentials_E) / 0.3
+    exact_T = row_shifts(scaled_TE, k)
+    expected_E = torch.sigmoid(scaled_TE - exact_T.unsqueeze(1)).sum(0)
+    torch.testing.assert_close(column_E, expected_E, rtol=1e-3, atol=1e-3 * 1500 * k / experts)
+    found_TE = torch.sigmoid(scaled_TE - shift_T.double().unsqueeze(1) / 0.3)
+    assert (found_TE.sum(1) - k).abs().max() < 0.02 * k

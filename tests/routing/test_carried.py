@@ -50,7 +50,7 @@ def test_a_commit_is_one_damped_sweep_and_leaves_the_mean_at_zero(polytope, k, c
     gate.commit()
     scores_TE = array(logits) if cost == "linear" else softmax(array(logits), axis=1)
     expected_E = swept(polytope, [scores_TE], array(start_E), k, 0.5, 0.7)
-    np.testing.assert_allclose(array(potentials_of(gate)), expected_E, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(array(potentials_of(gate)), expected_E, rtol=0, atol=1e-4)
     assert np.abs(expected_E - array(start_E)).max() > 0.05
     assert potentials_of(gate).mean().abs() < 1e-6
 
@@ -94,7 +94,7 @@ def test_the_committed_potentials_select_and_what_was_asked_for_weighs(polytope,
     z_TE = array(logits)
     by = {"plan": plan_of(polytope, z_TE, array(start_E), k, 0.5), "shifted": softmax(z_TE + array(start_E), axis=1)}
     weigh_TE = by[weights] if weights in by and k > 1 else softmax(z_TE, axis=1)
-    np.testing.assert_allclose(array(weights_TE), top_k(z_TE + array(start_E), weigh_TE, k), rtol=1e-4)
+    np.testing.assert_allclose(array(weights_TE), top_k(z_TE + array(start_E), weigh_TE, k), rtol=1e-3)
     assert (array(weights_TE > 0) != (top_k(z_TE, z_TE, k) != 0)).any(), "the potentials changed no choice"
     assert l_aux.item() == 0
 
