@@ -18,11 +18,11 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[pretrain,test,lint]'
 	touch $@
 
-# A short run that never routes by transport, then the run itself, whose report shows both.
+# A short run that balances nothing, then the run itself, whose report shows both.
 # On the CPU also where there is a GPU: two ranks need two devices.
 pretrain: export DS_ACCELERATOR := cpu
 pretrain: setup
-	launch/pretrain.sh --config tiny_cpu --output $(RUNS)/softmax --overwrite --set deepspeed.ssr.probability=0 --set steps=200
+	launch/pretrain.sh --config tiny_cpu --output $(RUNS)/softmax --overwrite --set deepspeed.ssr.rule=none --set steps=200
 	launch/pretrain.sh --config tiny_cpu --output $(RUNS)/ssr --overwrite --compare $(RUNS)/softmax
 
 test: setup

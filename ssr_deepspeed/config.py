@@ -192,8 +192,8 @@ class SSRConfig(Section):
     cost: Cost = "linear"
     """Compatibility of token and expert: the logits (SSR-L) or their softmax (SSR-S)."""
     entropy: float | None = None
-    """xi, weight of the plan's entropy, above 0, in units of the compatibility. None: 0.3 on the k-capacity
-    polytope (rules `capacity` and `carried`), else 1."""
+    """xi, weight of the plan's entropy, above 0, in units of the compatibility. None: on the k-capacity
+    polytope 0.1 under `carried`, where a smaller one costs no iterations, and 0.3 under `capacity`; else 1."""
     solver: SolverConfig = field(default_factory=SolverConfig)
     """See `SolverConfig`."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)
@@ -284,8 +284,9 @@ class SSRConfig(Section):
         """The entropy in use: the one given, or the rule's own."""
         if self.entropy is not None:
             return self.entropy
-        counts = self.rule == "capacity" or (self.rule == "carried" and self.carried.polytope == "capacity")
-        return 0.3 if counts else 1.0
+        if self.rule == "carried" and self.carried.polytope == "capacity":
+            return 0.1
+        return 0.3 if self.rule == "capacity" else 1.0
 
     @property
     def plan_gradient(self) -> Gradient:

@@ -172,11 +172,11 @@ def test_only_rules_with_transport_steps_toss_a_coin():
 @pytest.mark.parametrize(
     ("block", "xi"),
     [
-        ({}, 0.3),
+        ({}, 0.1),
         ({"rule": "ssr"}, 1.0),
         ({"rule": "s_base"}, 1.0),
         ({"rule": "capacity"}, 0.3),
-        ({"rule": "carried"}, 0.3),
+        ({"rule": "carried"}, 0.1),
         ({"rule": "carried", "carried": {"polytope": "mass"}}, 1.0),
         ({"rule": "carried", "entropy": 0.7}, 0.7),
         ({"rule": "capacity", "entropy": None}, 0.3),

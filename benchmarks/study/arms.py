@@ -30,12 +30,19 @@ class Arm:
         return block
 
 
-# The schedule of configs/deepspeed/cpu.json.
+# 30 % of the run by transport, then ever less of it.
 _SLOW = {"warmup": 1.0, "warmup_steps": 0.3, "decay_steps": 0.4, "final": 0.05}
 _SHORT = {"warmup": 1.0, "warmup_steps": 0.2, "decay_steps": 0.1, "final": 0.01}
 _CAPACITY_BEFORE = {"polytope": "capacity", "refresh": "before"}
 _CAPACITY_AFTER = {"polytope": "capacity", "refresh": "after"}
 _MASS_BEFORE = {"polytope": "mass", "refresh": "before"}
+_CARRIED = {
+    "rule": "carried",
+    "probability": 0.01,
+    "weights": "shifted",
+    "gradient": "centred",
+    "carried": _CAPACITY_BEFORE,
+}
 
 ARMS: dict[str, Arm] = {
     "topk_gate": Arm("TopKGate, auxiliary loss 0.01", {"enabled": False}, auxiliary_loss=0.01),
@@ -62,31 +69,22 @@ ARMS: dict[str, Arm] = {
         {"rule": "ssr", "probability": 1.0, "entropy": 1.0, "gradient": "implicit"},
     ),
     "capacity_warmup": Arm("k-capacity, warm-up", {"rule": "capacity", "probability": _SLOW, "entropy": 0.3}),
-    "carried": Arm(
-        "carried (the default)",
-        {
-            "rule": "carried",
-            "probability": 0.01,
-            "entropy": 0.3,
-            "weights": "shifted",
-            "gradient": "centred",
-            "carried": _CAPACITY_BEFORE,
-        },
-    ),
+    "carried": Arm("carried (the default)", {**_CARRIED, "entropy": 0.1}),
+    "carried_wide": Arm("carried, xi 0.3", {**_CARRIED, "entropy": 0.3}),
     "carried_softmax": Arm(
-        "carried, the softmax weighs",
+        "carried, xi 0.3, the softmax weighs",
         {"rule": "carried", "probability": 0.01, "entropy": 0.3, "weights": "softmax", "carried": _CAPACITY_BEFORE},
     ),
     "carried_after": Arm(
-        "carried, refreshed after, the softmax weighs",
+        "carried, xi 0.3, refreshed after, the softmax weighs",
         {"rule": "carried", "probability": 0.0, "entropy": 0.3, "weights": "softmax", "carried": _CAPACITY_AFTER},
     ),
     "carried_warmup": Arm(
-        "carried, refreshed after, warm-up, the softmax weighs",
+        "carried, xi 0.3, refreshed after, warm-up, the softmax weighs",
         {"rule": "carried", "probability": _SHORT, "entropy": 0.3, "weights": "softmax", "carried": _CAPACITY_AFTER},
     ),
     "carried_mass": Arm(
-        "carried, row mass 1, the softmax weighs",
+        "carried, row mass 1, xi 1, the softmax weighs",
         {"rule": "carried", "probability": 0.0, "entropy": 1.0, "weights": "softmax", "carried": _MASS_BEFORE},
     ),
 }
@@ -100,7 +98,7 @@ COMPARED = tuple(name for name in ARMS if name != "global_auxiliary")
 QUICK = ("none", *BEST)
 """What the quick tables rerun."""
 
-MICRO = ("auxiliary", "global_auxiliary", "quantile", "carried", "carried_after")
+MICRO = ("auxiliary", "global_auxiliary", "carried")
 """What several micro-batches a step may change."""
 
 
@@ -115,8 +113,8 @@ def _ssr(label: str, gradient: str, schedule: dict[str, float], **changes: Any) 
 
 # The search for settings of our own rules. Its names are the variations it tries.
 SEARCH: dict[str, Arm] = {
-    "search/before": _carried("before"),
-    "search/after": _carried("after", "after"),
+    "search/before": _carried("before, xi 0.3"),
+    "search/after": _carried("after, xi 0.3", "after"),
     "search/xi_0.1": _carried("before, xi 0.1", entropy=0.1),
     "search/xi_1": _carried("before, xi 1", entropy=1.0),
     "search/damped": _carried("before, damping 0.5", carried={"damping": 0.5}),

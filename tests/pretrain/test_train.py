@@ -203,7 +203,7 @@ def test_every_shipped_run_file_is_valid(file):
         (["checkpoint_every=30"], "checkpoint_every = 30; allowed: multiples of log_every = 20"),
         (["deepspeed.use_data_before_expert_parallelism=true"], "use_data_before_expert_parallelism = true"),
         (["deepspeed.ssr.rule=auxiliary"], "model.auxiliary_loss = 0.0; allowed: above 0"),
-        (["model.auxiliary_loss=0.1"], 'model.auxiliary_loss = 0.1; allowed: 0, for deepspeed.ssr.rule = "ssr"'),
+        (["model.auxiliary_loss=0.1"], 'model.auxiliary_loss = 0.1; allowed: 0, for deepspeed.ssr.rule = "carried"'),
         (["model.ep_size=3"], "model.ep_size = 3; allowed: divisors of experts = 8"),
     ],
 )
