@@ -82,7 +82,9 @@ def _main() -> Iterator[Job]:
 
 def _sizes() -> Iterator[Job]:
     for size in SIZES:
-        yield from _jobs("sizes", (*BEST, "carried_wide"), range(3), corpus=SOURCES, model={**SMALL, **size}, steps=STEPS)
+        yield from _jobs(
+            "sizes", (*BEST, "carried_wide"), range(3), corpus=SOURCES, model={**SMALL, **size}, steps=STEPS
+        )
 
 
 def _corpora() -> Iterator[Job]:

@@ -19,28 +19,22 @@ Shapes: T tokens, E experts, K choices a token, C capacity, M model width.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.moe.sharded_moe import TOPK_GATE_TIMER, TopKGate
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
-from torch import Tensor
+from torch import Tensor, nn
 
-from ssr_deepspeed.collectives import maximum_over, sum_over
-from ssr_deepspeed.config import Scope, SSRConfig, Trigger
-from ssr_deepspeed.ot import Solution
+from ssr_deepspeed.collectives import maximum_over
+from ssr_deepspeed.config import SSRConfig
+from ssr_deepspeed.router import Router
 from ssr_deepspeed.routing import (
-    Batch,
     RoutePlan,
-    Rule,
     Slots,
     expert_capacity,
     fill_slots,
-    is_transport_step,
-    make_rule,
     route,
     routes_of_each,
     surviving_weights,
@@ -50,47 +44,7 @@ from ssr_deepspeed.routing import (
 HOST_HAS_SPARSE_ROUTES = "sparse_routes" in inspect.signature(TopKGate.forward).parameters
 
 
-@dataclass
-class GateState:
-    """What a gate needs beside its weight. Plain Python: never part of a state dict."""
-
-    config: SSRConfig
-    rule: Rule
-    """The balancing rule with what it has committed."""
-    layer: int = 0
-    """Index among all routers of the whole model."""
-    transport: bool = False
-    """Whether training passes of this optimizer step route by transport."""
-    solution: Solution | None = None
-    """Of the last training pass; None if it solved nothing."""
-    loss_reached: Tensor | None = None
-    """Whether a gradient other than zero has come back through the `l_aux` of a rule that works by a loss, 0-dim
-    bool; None before a training pass has asked for one."""
-    nonfinite: Tensor | None = None
-    """Whether a training pass since the last check met a NaN or an infinity in the logits, 0-dim bool that
-    passes change in place. None: nobody asks."""
-    dispatched_E: Tensor | None = None
-    """int64 `[E]`, routes of the last pass that got a slot, where routes are moved; else None."""
-    data_parallel_group: Any = field(default=None, repr=False)
-
-    def group(self, scope: Scope, expert_parallel_group: Any) -> Any:
-        """The process group of that scope; None for this rank alone.
-
-        Raises:
-            RuntimeError: the scope needs a group that the gate was not given.
-        """
-        if scope == "rank":
-            return None
-        group = expert_parallel_group if scope == "expert_parallel" else self.data_parallel_group
-        if group is None and dist.is_initialized() and dist.get_world_size() > 1:
-            raise RuntimeError(
-                f'rule "{self.config.rule}" balances over the {scope} group, but this gate has none: '
-                'give it one, let a DeepSpeed engine set it up, or use ssr.scope "rank"'
-            )
-        return group
-
-
-class SSRGate(TopKGate):
+class SSRGate(Router, TopKGate):
     """A `TopKGate` that routes by transport on chosen steps.
 
     Args:
@@ -100,7 +54,17 @@ class SSRGate(TopKGate):
         data_parallel_group: process group for `scope = "data_parallel"`; an engine gives its own.
     """
 
-    ssr: GateState
+    # `TopKGate`'s own.
+    wg: nn.Linear
+    k: int
+    ep_group: Any
+    capacity_factor: float
+    eval_capacity_factor: float
+    min_capacity: int
+    drop_tokens: bool
+    wall_clock_breakdown: bool
+    timers: Any
+    gate_time: float
 
     def __init__(
         self,
@@ -113,24 +77,20 @@ class SSRGate(TopKGate):
         super().__init__(*args, **kwargs)
         self._begin(config or SSRConfig(), layer, data_parallel_group)
 
-    def _begin(self, config: SSRConfig, layer: int, data_parallel_group: Any) -> None:
-        rule = make_rule(config, self.wg.weight, self.k)
-        self.ssr = GateState(config, rule, layer, data_parallel_group=data_parallel_group)
-        self.set_step(0)
+    @property
+    def router_weight(self) -> Tensor:
+        """The weight that makes the logits, `[E, M]`."""
+        return self.wg.weight
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """As any module's, for `to`, `cuda` and the like; what the rule keeps follows the weight, in fp32."""
-        result = super()._apply(*args, **kwargs)
-        old = self.ssr.rule
-        if old.device != self.wg.weight.device:
-            self.renew_rule()
-            if old.device.type != "meta":
-                self.ssr.rule.take(old.state)
-        return result
+    @property
+    def experts_per_token(self) -> int:
+        """K."""
+        return self.k
 
-    def renew_rule(self) -> None:
-        """Begin the balancing rule anew, with its initial state."""
-        self.ssr.rule = make_rule(self.ssr.config, self.wg.weight, self.k)
+    @property
+    def expert_parallel_group(self) -> Any:
+        """The group that the host has given the gate."""
+        return self.ep_group
 
     @staticmethod
     def refusal(gate: TopKGate) -> str | None:
@@ -161,31 +121,6 @@ class SSRGate(TopKGate):
         assert isinstance(gate, cls)
         gate._begin(config, layer, data_parallel_group)
         return gate
-
-    def release(self) -> TopKGate:
-        """Turn the gate back into the `TopKGate` it was, in place."""
-        del self.ssr
-        self.__class__ = TopKGate
-        return self
-
-    def set_step(self, step: int) -> None:
-        """Toss the coin for optimizer step `step` (steps taken before it).
-
-        The install seam calls it when `engine.global_steps` changes; without an engine, call it. Where a
-        trigger decides, it says nothing.
-        """
-        if not isinstance(self.ssr.config.probability, Trigger):
-            self.ssr.transport = is_transport_step(self.ssr.config, step, self.ssr.layer)
-
-    def commit(self) -> None:
-        """End an optimizer step of one process without an engine; an engine's `RuleStates` does it over its ranks."""
-        rule = self.ssr.rule
-        rule.gather()
-        if rule.sums is not None:
-            rule.commit(rule.sums, self.ssr.transport)
-            rule.sums.zero_()
-        if isinstance(self.ssr.config.probability, Trigger) and "imbalance" in rule.state:
-            self.ssr.transport = bool(rule.state["imbalance"] > self.ssr.config.probability.imbalance)
 
     def forward(
         self,
@@ -226,8 +161,6 @@ class SSRGate(TopKGate):
         self, logits_TE: Tensor, used_token: Tensor | None, sparse_routes: bool, input_TM: Tensor | None = None
     ) -> tuple[Any, ...]:
         """What `forward` makes of the fp32 logits."""
-        if self.training and self.ssr.nonfinite is not None:
-            self._watch(logits_TE, self.ssr.nonfinite)
         plan, l_aux = self._plan(logits_TE, used_token, input_TM)
         capacity, slots = self._fill(plan, logits_TE)
         self.ssr.dispatched_E = None
@@ -240,21 +173,8 @@ class SSRGate(TopKGate):
 
     def _plan(self, logits_TE: Tensor, mask: Tensor | None, input_TM: Tensor | None) -> tuple[RoutePlan, Tensor]:
         """Routes of this pass by the balancing rule, and the loss that the host adds to its own."""
-        config, transport, rule = self.ssr.config, self.ssr.transport, self.ssr.rule
-        batch = Batch(
-            input_TM,
-            mask,
-            transport,
-            _recomputes(),
-            lambda: sum_over(self.ssr.group(config.scope, self.ep_group)),
-            lambda: sum_over(self.ssr.group("data_parallel", None)),
-        )
-        if not self.training:
-            choice = rule.choose_frozen(logits_TE)
-        else:
-            if config.noise_on(transport):
-                logits_TE = logits_TE + config.noise.scale * torch.randn_like(logits_TE)
-            choice = rule.choose(logits_TE, batch)
+        config = self.ssr.config
+        choice, batch = self._choose(logits_TE, mask, input_TM)
         plan = route(
             choice.logits_TE,
             choice.potentials_E,
@@ -267,35 +187,9 @@ class SSRGate(TopKGate):
             mask=mask,
             capacity=self._capacity(logits_TE) if config.overflow == "next" and self.drop_tokens else None,
         )
+        loss = self._conclude(logits_TE, choice, plan, batch)
         # Carries a graph also where it is zero: pipeline engines start their backward pass from it.
-        l_aux = logits_TE[:0].sum()
-        if self.training:
-            self.ssr.solution = choice.solution
-            loss = rule.loss(choice.logits_TE, plan, batch)
-            l_aux = l_aux if loss is None else self._asked_for(loss)
-            if not batch.recomputed:
-                with torch.no_grad():
-                    rule.observe(logits_TE, choice, plan, batch)
-        return plan, l_aux
-
-    def _asked_for(self, loss: Tensor) -> Tensor:
-        """The loss, and a note when a gradient comes back through it: a host may well ignore it."""
-        # Under torch.compile no hook can be traced, and nobody is accused on no evidence.
-        if loss.requires_grad and not torch.compiler.is_compiling():
-            if self.ssr.loss_reached is None:
-                self.ssr.loss_reached = torch.zeros((), dtype=torch.bool, device=loss.device)
-            loss.register_hook(self._note_gradient)
-        return loss
-
-    def _note_gradient(self, gradient: Tensor) -> None:
-        if self.ssr.loss_reached is not None:
-            self.ssr.loss_reached |= gradient.detach() != 0
-
-    def _watch(self, logits_TE: Tensor, flag: Tensor) -> None:
-        """Remember a NaN or an infinity on the device, for whoever drives the steps to ask about."""
-        if logits_TE.numel():
-            lowest, highest = torch.aminmax(logits_TE.detach())
-            flag |= ~(torch.isfinite(lowest) & torch.isfinite(highest))
+        return plan, logits_TE[:0].sum() if loss is None else loss
 
     def _capacity(self, logits_TE: Tensor) -> int:
         """Slots of each expert where tokens are dropped."""
@@ -314,11 +208,6 @@ class SSRGate(TopKGate):
         largest = maximum_over(self.ep_group, plan.demand_E.max().clamp_min(1))
         padded = (largest + tensor_parallel - 1) // tensor_parallel * tensor_parallel
         return padded, fill_slots(plan, None)
-
-
-def _recomputes() -> bool:
-    """Whether backward is recomputing a checkpointed pass, which has been observed before."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _sparse(

@@ -15,6 +15,7 @@ LAYERS = [
     ["config", "ot", "files"],
     ["collectives"],
     ["routing"],
+    ["router"],
     ["gate", "monitor"],
     ["hosts"],
     ["pretrain", "run"],

@@ -9,6 +9,7 @@ Not covered: Tutel (the return form is there, but it was not run).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,11 +25,11 @@ def find_gates(model: nn.Module) -> dict[str, TopKGate]:
     return {name: module for name, module in model.named_modules() if isinstance(module, TopKGate)}
 
 
-def unused_options(gates: dict[str, TopKGate]) -> list[str]:
+def unused_options(gates: Iterable[nn.Module]) -> list[str]:
     """`TopKGate` options set by the user that play no part under SSR, for one warning."""
     unused = set()
-    for gate in gates.values():
-        if gate.noisy_gate_policy not in (None, "None"):
+    for gate in gates:
+        if isinstance(gate, TopKGate) and gate.noisy_gate_policy not in (None, "None"):
             unused.add(f"noisy_gate_policy={gate.noisy_gate_policy!r} (use ssr.noise)")
     return sorted(unused)
 

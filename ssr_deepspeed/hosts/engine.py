@@ -29,7 +29,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.moe.sharded_moe import TopKGate
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
@@ -37,12 +36,13 @@ from torch import nn
 
 from ssr_deepspeed.collectives import gather_objects
 from ssr_deepspeed.config import SSRConfig, find_block
-from ssr_deepspeed.gate import SSRGate
 from ssr_deepspeed.hosts import deepspeed_moe
 from ssr_deepspeed.hosts.finite import FiniteWatch
+from ssr_deepspeed.hosts.routers import Found, find_routers
 from ssr_deepspeed.hosts.rules import KEY, RuleStates
 from ssr_deepspeed.monitor import LoadMonitor, layer_metrics
 from ssr_deepspeed.monitor.sinks import JsonLines, engine_events
+from ssr_deepspeed.router import Router
 
 _originals: dict[str, Callable[..., Any]] = {}
 _runtimes: weakref.WeakSet[EngineRuntime] = weakref.WeakSet()
@@ -64,7 +64,7 @@ class EngineRuntime:
         self,
         engine: DeepSpeedEngine,
         config: SSRConfig,
-        gates: dict[str, TopKGate],
+        gates: dict[str, Found],
         layers: dict[str, int],
         sink: JsonLines | None,
         unused_keys: list[str],
@@ -81,8 +81,7 @@ class EngineRuntime:
         if self.config.enabled:
             group = _same_gates(engine)
             adopted = {
-                name: SSRGate.adopt(gate, self.config, self.layers.index(name), group)
-                for name, gate in self.gates.items()
+                name: gate.adopt(self.config, self.layers.index(name), group) for name, gate in self.gates.items()
             }
             self._rules = RuleStates(self.config, adopted, self.layers, group, engine.device)
             if not _scales_loss(engine):
@@ -100,14 +99,17 @@ class EngineRuntime:
             copies=bwc_tensor_model_parallel_world_size(groups.mpu),
         )
         for name, gate in self.gates.items():
-            self._hooks.append(deepspeed_moe.count_routes(gate, monitor, self.layers.index(name)))
+            self._hooks.append(gate.count(monitor, self.layers.index(name)))
         return monitor
+
+    def routers(self) -> list[Router]:
+        """This rank's routers that are SSR's."""
+        return [gate.module for gate in self.gates.values() if isinstance(gate.module, Router)]
 
     def _set_step(self, step: int) -> None:
         self.step = step
-        for gate in self.gates.values():
-            if isinstance(gate, SSRGate):
-                gate.set_step(step)
+        for router in self.routers():
+            router.set_step(step)
 
     def before_forward(self, engine: DeepSpeedEngine) -> None:
         """Toss the coin if the engine is at another step than at the last pass."""
@@ -156,9 +158,8 @@ class EngineRuntime:
 
     def release(self) -> None:
         """Give the model its own gates back and stop counting."""
-        for gate in self.gates.values():
-            if isinstance(gate, SSRGate):
-                gate.release()
+        for router in self.routers():
+            router.release()
         for hook in self._hooks:
             hook.remove()
         if self._sink:
@@ -331,19 +332,20 @@ def _agree(engine: DeepSpeedEngine) -> EngineRuntime | None:
             replaced. The model is then unchanged.
     """
     config, sink, problem, block = None, None, None, None
-    gates = deepspeed_moe.find_gates(engine.module)
+    gates: dict[str, Found] = {}
     try:
         block = find_block(engine._config._param_dict)
         if block is not None:
             config = SSRConfig.from_dict(block)
-            problem = _refusals(gates) if config.enabled else None
+            gates, _ = find_routers(engine.module)
+            problem = _refusals(gates, config) if config.enabled else None
             if config.monitor.interval and config.monitor.path and engine.global_rank == 0:
                 sink = JsonLines(config.monitor.path)
     except ValueError as error:
         problem = str(error)
     except OSError as error:
         problem = f"cannot write ssr.monitor.path: {error}"
-    layers = {name: gate.wg.weight.shape[0] for name, gate in gates.items() if hasattr(gate, "wg")}
+    layers = {name: gate.experts for name, gate in gates.items()}
     look_alikes = [] if block is None else _look_alikes(engine.module)
     ranks = gather_objects({"problem": problem, "block": block, "layers": layers, "look_alikes": look_alikes})
     try:
@@ -358,8 +360,8 @@ def _agree(engine: DeepSpeedEngine) -> EngineRuntime | None:
     return EngineRuntime(engine, config, gates, layers, sink, config.unused_keys(block or {}))
 
 
-def _refusals(gates: dict[str, TopKGate]) -> str | None:
-    reasons = {name: SSRGate.refusal(gate) for name, gate in gates.items()}
+def _refusals(gates: dict[str, Found], config: SSRConfig) -> str | None:
+    reasons = {name: gate.refusal(config) for name, gate in gates.items()}
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason) or None
 
 
@@ -392,7 +394,9 @@ def _announce(runtime: EngineRuntime | None) -> None:
         lines = ['is installed, but this engine\'s configuration has no "ssr" block: its routers stay as they are']
     elif runtime.config.enabled:
         lines = [f"active on {len(runtime.layers)} routers: {', '.join(runtime.layers)}"]
-        lines += [f"TopKGate's {option} plays no part" for option in deepspeed_moe.unused_options(runtime.gates)]
+        lines += [
+            f"TopKGate's {option} plays no part" for option in deepspeed_moe.unused_options(list(runtime.routers()))
+        ]
         lines += [f'"{key}" plays no part under rule "{runtime.config.rule}"' for key in runtime.unused_keys]
     else:
         lines = [f"disabled by its block; counting the load of {len(runtime.layers)} routers"]

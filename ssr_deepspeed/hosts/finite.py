@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssr_deepspeed.collectives import maximum_over, to_host
-from ssr_deepspeed.gate import SSRGate
+from ssr_deepspeed.router import Router
 
 
 class FiniteWatch:
@@ -28,7 +28,7 @@ class FiniteWatch:
         device: where the gates run.
     """
 
-    def __init__(self, gates: dict[int, SSRGate], layers: list[str], device: torch.device) -> None:
+    def __init__(self, gates: dict[int, Router], layers: list[str], device: torch.device) -> None:
         self._layers = layers
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         # One buffer, in which every gate has its place: a step asks for all of them at once.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ssr_deepspeed.collectives import gather_objects, maximum_over, sum_over, to_host
 from ssr_deepspeed.config import LOSS_RULES, SSRConfig, Trigger
-from ssr_deepspeed.gate import SSRGate
+from ssr_deepspeed.router import Router
 
 KEY = "ssr_deepspeed_rules"
 """Of the client state."""
@@ -41,7 +41,7 @@ class RuleStates:
     """
 
     def __init__(
-        self, config: SSRConfig, gates: dict[str, SSRGate], layers: list[str], group: Any, device: torch.device
+        self, config: SSRConfig, gates: dict[str, Router], layers: list[str], group: Any, device: torch.device
     ) -> None:
         self._config, self._gates, self._layers = config, gates, layers
         self._total = sum_over(group)

@@ -1,0 +1,84 @@
+"""All routers of a model, whichever host they come from: found, taken over, counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.moe.sharded_moe import TopKGate
+from torch import Tensor, nn
+
+from ssr_deepspeed.config import SSRConfig
+from ssr_deepspeed.gate import SSRGate
+from ssr_deepspeed.hosts import deepspeed_moe, inspection
+from ssr_deepspeed.monitor import LoadMonitor
+from ssr_deepspeed.router import Router
+from ssr_deepspeed.routing import routes_of_each
+from ssr_deepspeed.token_router import HostContract, TokenRouter, refusal
+
+
+@dataclass(frozen=True)
+class Found:
+    """A router of the model."""
+
+    module: nn.Module
+    contract: HostContract | None
+    """Of a router that returns weights and indices; None for `TopKGate`."""
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        if self.contract is not None:
+            return self.contract.experts
+        assert isinstance(self.module, TopKGate)
+        return self.module.wg.weight.shape[0]
+
+    def refusal(self, config: SSRConfig) -> str | None:
+        """Why it cannot be taken over, as a sentence, or None when it can."""
+        if "forward" in vars(self.module):
+            return (
+                "the router has a forward of its own (set on the instance, as accelerate's hooks do), which would "
+                "shadow SSR: remove that hook before the engine is built"
+            )
+        if self.contract is not None:
+            return refusal(config)
+        assert isinstance(self.module, TopKGate)
+        return SSRGate.refusal(self.module)
+
+    def adopt(self, config: SSRConfig, layer: int, data_parallel_group: Any) -> Router:
+        """Make it one of SSR's, in place."""
+        if self.contract is not None:
+            return TokenRouter.adopt(self.module, self.contract, config, layer, data_parallel_group)
+        assert isinstance(self.module, TopKGate)
+        return SSRGate.adopt(self.module, config, layer, data_parallel_group)
+
+    def count(self, monitor: LoadMonitor, layer: int) -> torch.utils.hooks.RemovableHandle:
+        """Have `monitor` count its training passes, whether it is SSR's or the host's own."""
+        if self.contract is None:
+            assert isinstance(self.module, TopKGate)
+            return deepspeed_moe.count_routes(self.module, monitor, layer)
+        contract = self.contract
+
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+            if not module.training:
+                return
+            error: Tensor | None = None
+            if isinstance(module, TokenRouter):
+                assert module.ssr.demand_E is not None
+                demand_E = module.ssr.demand_E
+                error = None if module.ssr.solution is None else module.ssr.solution.error
+            else:
+                indices_TK = output[contract.indices_at].long()
+                demand_E = routes_of_each(indices_TK, torch.ones_like(indices_TK), contract.experts)
+            # These hosts drop nothing.
+            monitor.add(layer, demand_E, demand_E, error)
+
+        return self.module.register_forward_hook(hook)
+
+
+def find_routers(model: nn.Module) -> tuple[dict[str, Found], dict[str, str]]:
+    """Every router of the model by name; and what looks like one beside experts but cannot be served, with reasons."""
+    gates = {name: Found(gate, None) for name, gate in deepspeed_moe.find_gates(model).items()}
+    served, refused = inspection.find_token_routers(model)
+    return gates | {name: Found(module, contract) for name, (module, contract) in served.items()}, refused
