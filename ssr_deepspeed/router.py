@@ -42,8 +42,6 @@ class RouterState:
     passes change in place. None: nobody asks."""
     demand_E: Tensor | None = None
     """int64 `[E]`, routes that experts were asked to take in the last training pass, where the host does not say."""
-    mask: Tensor | None = None
-    """Of the model's batch, zero marks padding, where the router itself is not told."""
     dispatched_E: Tensor | None = None
     """int64 `[E]`, routes of the last pass that got a slot, where routes are moved; else None."""
     data_parallel_group: Any = field(default=None, repr=False)

@@ -27,8 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from ssr_deepspeed.config import LOSS_RULES, SSRConfig
 from ssr_deepspeed.router import Router
-from ssr_deepspeed.routing import Batch, Choice, RoutePlan, routes_of_each
-from ssr_deepspeed.routing.ranks import asked_routes
+from ssr_deepspeed.routing import Batch, Choice, RoutePlan, asked_routes, routes_of_each
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,27 @@ class HostContract:
     """The child that makes the logits, or None where the router's own forward does."""
 
 
+class Padding:
+    """Which tokens of a model's batch are padding, for routers whose host does not tell them."""
+
+    def __init__(self) -> None:
+        self._mask: Tensor | None = None
+
+    def read(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A pre-hook of the model: keep its `attention_mask` if it has one number a token."""
+        mask = kwargs.get("attention_mask")
+        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def mask(self, tokens: int) -> Tensor | None:
+        """Zero where a token is padding, of a pass over that many tokens; None where nothing is known."""
+        return self._mask if self._mask is not None and self._mask.numel() == tokens else None
+
+
 class TokenRouter(Router):
     """A host's router with SSR's potentials in its logits. `served_class` makes the class that a module becomes."""
 
     contract: HostContract
+    padding: Padding
 
     @property
     def router_weight(self) -> Tensor:
@@ -64,23 +80,29 @@ class TokenRouter(Router):
 
     @classmethod
     def adopt(
-        cls, module: nn.Module, contract: HostContract, config: SSRConfig, layer: int, data_parallel_group: Any = None
+        cls,
+        module: nn.Module,
+        contract: HostContract,
+        config: SSRConfig,
+        layer: int,
+        data_parallel_group: Any = None,
+        padding: Padding | None = None,
     ) -> TokenRouter:
         """Turn a host's router into one of SSR's, in place."""
         module.__class__ = served_class(type(module))
         assert isinstance(module, TokenRouter)
-        module.contract = contract
+        module.contract, module.padding = contract, padding or Padding()
         module._begin(config, layer, data_parallel_group)
         return module
 
     def release(self) -> nn.Module:
         """Turn the router back into the host's own, in place."""
-        del self.contract
+        del self.contract, self.padding
         return super().release()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled and copied as the host's router: the class was made at run time, and the rule is the engine's."""
-        state = {key: value for key, value in self.__dict__.items() if key not in ("ssr", "contract")}
+        state = {key: value for key, value in self.__dict__.items() if key not in ("ssr", "contract", "padding")}
         return _unpickle, (_host_class(type(self)),), state
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -89,7 +111,7 @@ class TokenRouter(Router):
             own = super().forward(*args, **kwargs)
         logits_TE = logits.matrix().float()
         with torch.autocast(logits_TE.device.type, enabled=False):
-            choice, batch = self._choose(logits_TE, self._mask(len(logits_TE)), logits.tokens())
+            choice, batch = self._choose(logits_TE, self.padding.mask(len(logits_TE)), logits.tokens())
             effective_TE, by_plan = _effective(choice, logits_TE, self.contract.k)
         output = own
         if effective_TE is not None:
@@ -116,10 +138,6 @@ class TokenRouter(Router):
         ]
         merged[values] = output[values].to(own[values].dtype)
         return tuple(merged)
-
-    def _mask(self, tokens: int) -> Tensor | None:
-        mask = self.ssr.mask
-        return mask if mask is not None and mask.numel() == tokens else None
 
     def _observed(self, logits_TE: Tensor, choice: Choice, batch: Batch, output: tuple[Any, ...]) -> None:
         indices_TK = output[self.contract.indices_at].long()

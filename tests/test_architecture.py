@@ -16,7 +16,7 @@ LAYERS = [
     ["collectives"],
     ["routing"],
     ["router"],
-    ["gate", "monitor"],
+    ["gate", "token_router", "monitor"],
     ["hosts"],
     ["pretrain", "run"],
 ]

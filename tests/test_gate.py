@@ -387,7 +387,7 @@ def test_the_gate_compiles_into_one_graph(drop, transport, overflow):
 
 def _scope_without_group():
     gate = make_gate(scope="data_parallel", probability=1.0)
-    with pytest.raises(RuntimeError, match="balances over the data_parallel group, but this gate has none"):
+    with pytest.raises(RuntimeError, match="balances over the data_parallel group, but this router has none"):
         gate(torch.randn(8, 16), None, True)
 
 

@@ -22,149 +22,24 @@ from __future__ import annotations
 
 import functools
 import re
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import deepspeed
-import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import groups
-from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
 from ssr_deepspeed.collectives import gather_objects
 from ssr_deepspeed.config import SSRConfig, find_block
 from ssr_deepspeed.hosts import deepspeed_moe
-from ssr_deepspeed.hosts.finite import FiniteWatch
 from ssr_deepspeed.hosts.routers import Found, find_routers
-from ssr_deepspeed.hosts.rules import KEY, RuleStates
-from ssr_deepspeed.monitor import LoadMonitor, layer_metrics
-from ssr_deepspeed.monitor.sinks import JsonLines, engine_events
-from ssr_deepspeed.router import Router
+from ssr_deepspeed.hosts.rules import KEY
+from ssr_deepspeed.hosts.runtime import EngineRuntime, say
+from ssr_deepspeed.monitor.sinks import JsonLines
 
 _originals: dict[str, Callable[..., Any]] = {}
 _runtimes: weakref.WeakSet[EngineRuntime] = weakref.WeakSet()
-
-
-class EngineRuntime:
-    """SSR of one engine, found at `engine.ssr`: its gates, its coin, its monitor.
-
-    Args:
-        engine: an engine whose construction is finished.
-        config: its `"ssr"` block.
-        gates: this rank's gates by name, all of them replaceable.
-        layers: number of experts of every gate of the whole model.
-        sink: gets the load reports; None on all ranks but the first.
-        unused_keys: keys of the block that play no part under its rule.
-    """
-
-    def __init__(
-        self,
-        engine: DeepSpeedEngine,
-        config: SSRConfig,
-        gates: dict[str, Found],
-        layers: dict[str, int],
-        sink: JsonLines | None,
-        unused_keys: list[str],
-    ) -> None:
-        self.config, self.gates, self._sink, self.unused_keys = config, gates, sink, unused_keys
-        self.layers = sorted(layers, key=_natural)
-        self.step = engine.global_steps
-        self.report: dict[str, Any] | None = None
-        """The last load report, as written to the JSON lines; the same on every rank."""
-        self._hooks: list[Any] = []
-        self._finite: FiniteWatch | None = None
-        self._rules: RuleStates | None = None
-        self._scale = 1.0
-        if self.config.enabled:
-            group = _same_gates(engine)
-            adopted = {
-                name: gate.adopt(self.config, self.layers.index(name), group) for name, gate in self.gates.items()
-            }
-            self._rules = RuleStates(self.config, adopted, self.layers, group, engine.device)
-            if not _scales_loss(engine):
-                by_layer = {gate.ssr.layer: gate for gate in adopted.values()}
-                self._finite = FiniteWatch(by_layer, self.layers, engine.device)
-        self.monitor = self._attach_monitor(engine, layers) if self.config.monitor.interval else None
-        self._set_step(self.step)
-
-    def _attach_monitor(self, engine: DeepSpeedEngine, layers: dict[str, int]) -> LoadMonitor:
-        monitor = LoadMonitor(
-            self.layers,
-            [layers[name] for name in self.layers],
-            self.config.monitor.interval,
-            engine.device,
-            copies=bwc_tensor_model_parallel_world_size(groups.mpu),
-        )
-        for name, gate in self.gates.items():
-            self._hooks.append(gate.count(monitor, self.layers.index(name)))
-        return monitor
-
-    def routers(self) -> list[Router]:
-        """This rank's routers that are SSR's."""
-        return [gate.module for gate in self.gates.values() if isinstance(gate.module, Router)]
-
-    def _set_step(self, step: int) -> None:
-        self.step = step
-        for router in self.routers():
-            router.set_step(step)
-
-    def before_forward(self, engine: DeepSpeedEngine) -> None:
-        """Toss the coin if the engine is at another step than at the last pass."""
-        if engine.global_steps != self.step:
-            self._set_step(engine.global_steps)
-
-    def before_step(self, engine: DeepSpeedEngine) -> None:
-        """Stop, on all ranks, where router logits were not finite."""
-        if self._finite:
-            self._finite.before_step(engine.global_steps)
-        self._scale = _loss_scale(engine)
-
-    def before_save(self) -> dict[str, Any]:
-        """What a checkpoint is to hold beside the module's state.
-
-        Stops, on all ranks, rather than save what logits that were not finite have spoilt.
-        """
-        if self._finite:
-            self._finite.settle()
-        return self._rules.save() if self._rules else {}
-
-    def after_load(self, saved: dict[str, Any] | None, rank: int) -> None:
-        """Forget the passes before the checkpoint's weights came, and take over the rules' state."""
-        if self._finite:
-            self._finite.forget()
-        sentence = self._rules.load(saved) if self._rules else None
-        if sentence and rank == 0:
-            _say(sentence)
-
-    def after_step(self, engine: DeepSpeedEngine) -> None:
-        """Commit the rules' state, toss the next step's coin, close this step; at the monitor's interval, report."""
-        if self._rules:
-            # torch's own scaler skips a step without telling the engine, and then halves its scale.
-            skipped = _torch_scaler(engine) is not None and _loss_scale(engine) < self._scale
-            self._rules.after_step(engine.was_step_applied() and not skipped, self._scale)
-        self._set_step(engine.global_steps)
-        window = self.monitor.end_step(engine.global_steps - 1) if self.monitor else None
-        if window is None:
-            return
-        layers = layer_metrics(window)
-        self.report = {"kind": "load", "step": engine.global_steps, "steps": window.steps, "layers": layers}
-        if self._sink:
-            self._sink.write(self.report)
-        if engine.monitor.enabled:
-            engine.monitor.write_events(engine_events(layers, engine.global_samples))
-
-    def release(self) -> None:
-        """Give the model its own gates back and stop counting."""
-        for router in self.routers():
-            router.release()
-        for hook in self._hooks:
-            hook.remove()
-        if self._sink:
-            self._sink.close()
-        self.monitor, self._finite, self._rules = None, None, None
 
 
 def install() -> None:
@@ -291,36 +166,6 @@ def _wrap_load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_checkpoint
 
 
-def _same_gates(engine: DeepSpeedEngine) -> Any:
-    """The ranks that hold the same gates and see other tokens: data-parallel ones, and sequence-parallel peers."""
-    group = getattr(engine, "seq_data_parallel_group", None)
-    return engine.data_parallel_group if group is None else group
-
-
-def _torch_scaler(engine: DeepSpeedEngine) -> Any:
-    """torch's own loss scaler, which DeepSpeed uses for fp16 by autocast under ZeRO 0."""
-    return getattr(engine, "torch_autocast_z0_gradscaler", None)
-
-
-def _loss_scale(engine: DeepSpeedEngine) -> float:
-    """What the gradients of this step are multiplied by; 1 without a loss scaler."""
-    if not _scales_loss(engine):
-        return 1.0
-    scaler = _torch_scaler(engine)
-    if scaler is not None:
-        return float(scaler.get_scale())
-    optimizer: Any = engine.optimizer
-    return float(optimizer.loss_scale if hasattr(optimizer, "loss_scale") else getattr(optimizer, "cur_scale", 1.0))
-
-
-def _scales_loss(engine: DeepSpeedEngine) -> bool:
-    """Whether a loss scaler expects overflows and skips their step: fp16, plain or (since 0.17) by autocast."""
-    if engine.fp16_enabled():
-        return True
-    autocast = getattr(engine, "torch_autocast_enabled", None)
-    return autocast is not None and autocast() and engine.torch_autocast_dtype() == torch.float16
-
-
 def _agree(engine: DeepSpeedEngine) -> EngineRuntime | None:
     """Switch SSR on for an engine, once all ranks have said with one collective that they can.
 
@@ -333,12 +178,14 @@ def _agree(engine: DeepSpeedEngine) -> EngineRuntime | None:
     """
     config, sink, problem, block = None, None, None, None
     gates: dict[str, Found] = {}
+    notes: list[str] = []
     try:
         block = find_block(engine._config._param_dict)
         if block is not None:
             config = SSRConfig.from_dict(block)
-            gates, _ = find_routers(engine.module)
+            gates, left_alone = find_routers(engine.module)
             problem = _refusals(gates, config) if config.enabled else None
+            notes = _notes(engine.module, config, block, gates, left_alone)
             if config.monitor.interval and config.monitor.path and engine.global_rank == 0:
                 sink = JsonLines(config.monitor.path)
     except ValueError as error:
@@ -346,7 +193,7 @@ def _agree(engine: DeepSpeedEngine) -> EngineRuntime | None:
     except OSError as error:
         problem = f"cannot write ssr.monitor.path: {error}"
     layers = {name: gate.experts for name, gate in gates.items()}
-    look_alikes = [] if block is None else _look_alikes(engine.module)
+    look_alikes = [] if block is None else [*_look_alikes(engine.module), *notes]
     ranks = gather_objects({"problem": problem, "block": block, "layers": layers, "look_alikes": look_alikes})
     try:
         _check_ranks(ranks)
@@ -357,7 +204,24 @@ def _agree(engine: DeepSpeedEngine) -> EngineRuntime | None:
     if config is None:
         return None
     layers = {name: experts for theirs in ranks for name, experts in theirs["layers"].items()}
-    return EngineRuntime(engine, config, gates, layers, sink, config.unused_keys(block or {}))
+    return EngineRuntime(engine, config, gates, layers, sink, notes)
+
+
+def _notes(
+    model: nn.Module, config: SSRConfig, block: dict[str, Any], gates: dict[str, Found], left_alone: dict[str, str]
+) -> list[str]:
+    """What the user has asked for that will not be done, or that works beside SSR, as sentences."""
+    notes = [f"leaves {name} alone ({reason})" for name, reason in left_alone.items()]
+    options = deepspeed_moe.unused_options(gate.module for gate in gates.values())
+    notes += [f"TopKGate's {option} plays no part" for option in options]
+    notes += [f'"{key}" plays no part under rule "{config.rule}"' for key in config.unused_keys(block)]
+    settings = getattr(model, "config", None)
+    weight = getattr(settings, "router_aux_loss_coef", 0)
+    if isinstance(weight, int | float) and weight > 0:
+        returned = bool(getattr(settings, "output_router_logits", False))
+        added = "adds" if returned else "would add, with output_router_logits=True,"
+        notes.append(f"leaves the model's own auxiliary loss as it is: it {added} {weight} times that to its loss")
+    return notes
 
 
 def _refusals(gates: dict[str, Found], config: SSRConfig) -> str | None:
@@ -375,7 +239,8 @@ def _check_ranks(ranks: list[dict[str, Any]]) -> None:
         found = sorted({name for theirs in ranks for name in theirs["look_alikes"]})
         raise ValueError(
             'the DeepSpeed configuration has an "ssr" block, but no rank has a router that SSR replaces '
-            f"(TopKGate of deepspeed.moe.layer.MoE); modules that look like one: {found or 'none'}"
+            "(TopKGate of deepspeed.moe.layer.MoE, or one that returns weights and indices, as AutoEP's and those of "
+            f"transformers); modules that look like one: {found or 'none'}"
         )
 
 
@@ -384,26 +249,14 @@ def _look_alikes(model: nn.Module) -> list[str]:
     return sorted(kind for kind in kinds if re.search(r"moe|expert|router|gate|switch", kind, re.IGNORECASE))
 
 
-def _natural(name: str) -> list[tuple[int, int | str]]:
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
-
-
 def _announce(runtime: EngineRuntime | None) -> None:
     """Say once what SSR does to an engine."""
     if runtime is None:
         lines = ['is installed, but this engine\'s configuration has no "ssr" block: its routers stay as they are']
     elif runtime.config.enabled:
         lines = [f"active on {len(runtime.layers)} routers: {', '.join(runtime.layers)}"]
-        lines += [
-            f"TopKGate's {option} plays no part" for option in deepspeed_moe.unused_options(list(runtime.routers()))
-        ]
-        lines += [f'"{key}" plays no part under rule "{runtime.config.rule}"' for key in runtime.unused_keys]
+        lines += runtime.notes
     else:
         lines = [f"disabled by its block; counting the load of {len(runtime.layers)} routers"]
     for line in lines:
-        _say(line)
-
-
-def _say(sentence: str) -> None:
-    """One line on stderr. DeepSpeed's logger hides all but warnings."""
-    print(f"SSR {sentence}", file=sys.stderr, flush=True)
+        say(line)

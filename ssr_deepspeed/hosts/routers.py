@@ -14,8 +14,8 @@ from ssr_deepspeed.gate import SSRGate
 from ssr_deepspeed.hosts import deepspeed_moe, inspection
 from ssr_deepspeed.monitor import LoadMonitor
 from ssr_deepspeed.router import Router
-from ssr_deepspeed.routing import routes_of_each
-from ssr_deepspeed.token_router import HostContract, TokenRouter, refusal
+from ssr_deepspeed.routing import asked_routes, routes_of_each
+from ssr_deepspeed.token_router import HostContract, Padding, TokenRouter, refusal
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Found:
         assert isinstance(self.module, TopKGate)
         return SSRGate.refusal(self.module)
 
-    def adopt(self, config: SSRConfig, layer: int, data_parallel_group: Any) -> Router:
+    def adopt(self, config: SSRConfig, layer: int, data_parallel_group: Any, padding: Padding) -> Router:
         """Make it one of SSR's, in place."""
         if self.contract is not None:
-            return TokenRouter.adopt(self.module, self.contract, config, layer, data_parallel_group)
+            return TokenRouter.adopt(self.module, self.contract, config, layer, data_parallel_group, padding)
         assert isinstance(self.module, TopKGate)
         return SSRGate.adopt(self.module, config, layer, data_parallel_group)
 
-    def count(self, monitor: LoadMonitor, layer: int) -> torch.utils.hooks.RemovableHandle:
+    def count(self, monitor: LoadMonitor, layer: int, padding: Padding) -> torch.utils.hooks.RemovableHandle:
         """Have `monitor` count its training passes, whether it is SSR's or the host's own."""
         if self.contract is None:
             assert isinstance(self.module, TopKGate)
@@ -70,7 +70,9 @@ class Found:
                 error = None if module.ssr.solution is None else module.ssr.solution.error
             else:
                 indices_TK = output[contract.indices_at].long()
-                demand_E = routes_of_each(indices_TK, torch.ones_like(indices_TK), contract.experts)
+                mask = padding.mask(len(indices_TK))
+                used_T = None if mask is None else mask.reshape(-1) != 0
+                demand_E = routes_of_each(indices_TK, asked_routes(indices_TK, used_T), contract.experts)
             # These hosts drop nothing.
             monitor.add(layer, demand_E, demand_E, error)
 

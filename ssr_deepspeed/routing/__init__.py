@@ -4,7 +4,7 @@ from ssr_deepspeed.routing.capacity import Slots, expert_capacity, fill_slots, s
 from ssr_deepspeed.routing.coin import is_transport_step
 from ssr_deepspeed.routing.overflow import Placement, place_overflow
 from ssr_deepspeed.routing.plan import RoutePlan, compatibility, route
-from ssr_deepspeed.routing.ranks import routes_of_each
+from ssr_deepspeed.routing.ranks import asked_routes, routes_of_each
 from ssr_deepspeed.routing.registry import RULES, make_rule
 from ssr_deepspeed.routing.rules import Batch, Choice, Rule, max_violation
 
@@ -16,6 +16,7 @@ __all__ = [
     "RoutePlan",
     "Rule",
     "Slots",
+    "asked_routes",
     "compatibility",
     "expert_capacity",
     "fill_slots",

@@ -1,0 +1,182 @@
+"""SSR of one engine: its routers, the coin, the rules' state, the monitor, at the pace of its optimizer steps."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+
+from ssr_deepspeed.config import SSRConfig
+from ssr_deepspeed.hosts.finite import FiniteWatch
+from ssr_deepspeed.hosts.routers import Found
+from ssr_deepspeed.hosts.rules import RuleStates
+from ssr_deepspeed.monitor import LoadMonitor, layer_metrics
+from ssr_deepspeed.monitor.sinks import JsonLines, engine_events
+from ssr_deepspeed.router import Router
+from ssr_deepspeed.token_router import Padding
+
+
+class EngineRuntime:
+    """SSR of one engine, found at `engine.ssr`: its gates, its coin, its monitor.
+
+    Args:
+        engine: an engine whose construction is finished.
+        config: its `"ssr"` block.
+        gates: this rank's gates by name, all of them replaceable.
+        layers: number of experts of every gate of the whole model.
+        sink: gets the load reports; None on all ranks but the first.
+        notes: sentences about what SSR does not do here.
+    """
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        config: SSRConfig,
+        gates: dict[str, Found],
+        layers: dict[str, int],
+        sink: JsonLines | None,
+        notes: list[str],
+    ) -> None:
+        self.config, self.gates, self._sink, self.notes = config, gates, sink, notes
+        self.layers = sorted(layers, key=_natural)
+        self.step = engine.global_steps
+        self.report: dict[str, Any] | None = None
+        """The last load report, as written to the JSON lines; the same on every rank."""
+        self._hooks: list[Any] = []
+        self._padding = Padding()
+        if any(gate.contract is not None for gate in gates.values()):
+            self._hooks.append(engine.module.register_forward_pre_hook(self._padding.read, with_kwargs=True))
+        self._finite: FiniteWatch | None = None
+        self._rules: RuleStates | None = None
+        self._scale = 1.0
+        if self.config.enabled:
+            group = _same_gates(engine)
+            adopted = {
+                name: gate.adopt(self.config, self.layers.index(name), group, self._padding)
+                for name, gate in self.gates.items()
+            }
+            self._rules = RuleStates(self.config, adopted, self.layers, group, engine.device)
+            if not _scales_loss(engine):
+                by_layer = {gate.ssr.layer: gate for gate in adopted.values()}
+                self._finite = FiniteWatch(by_layer, self.layers, engine.device)
+        self.monitor = self._attach_monitor(engine, layers) if self.config.monitor.interval else None
+        self._set_step(self.step)
+
+    def _attach_monitor(self, engine: DeepSpeedEngine, layers: dict[str, int]) -> LoadMonitor:
+        monitor = LoadMonitor(
+            self.layers,
+            [layers[name] for name in self.layers],
+            self.config.monitor.interval,
+            engine.device,
+            copies=bwc_tensor_model_parallel_world_size(groups.mpu),
+        )
+        for name, gate in self.gates.items():
+            self._hooks.append(gate.count(monitor, self.layers.index(name), self._padding))
+        return monitor
+
+    def routers(self) -> list[Router]:
+        """This rank's routers that are SSR's."""
+        return [gate.module for gate in self.gates.values() if isinstance(gate.module, Router)]
+
+    def _set_step(self, step: int) -> None:
+        self.step = step
+        for router in self.routers():
+            router.set_step(step)
+
+    def before_forward(self, engine: DeepSpeedEngine) -> None:
+        """Toss the coin if the engine is at another step than at the last pass."""
+        if engine.global_steps != self.step:
+            self._set_step(engine.global_steps)
+
+    def before_step(self, engine: DeepSpeedEngine) -> None:
+        """Stop, on all ranks, where router logits were not finite."""
+        if self._finite:
+            self._finite.before_step(engine.global_steps)
+        self._scale = _loss_scale(engine)
+
+    def before_save(self) -> dict[str, Any]:
+        """What a checkpoint is to hold beside the module's state.
+
+        Stops, on all ranks, rather than save what logits that were not finite have spoilt.
+        """
+        if self._finite:
+            self._finite.settle()
+        return self._rules.save() if self._rules else {}
+
+    def after_load(self, saved: dict[str, Any] | None, rank: int) -> None:
+        """Forget the passes before the checkpoint's weights came, and take over the rules' state."""
+        if self._finite:
+            self._finite.forget()
+        sentence = self._rules.load(saved) if self._rules else None
+        if sentence and rank == 0:
+            say(sentence)
+
+    def after_step(self, engine: DeepSpeedEngine) -> None:
+        """Commit the rules' state, toss the next step's coin, close this step; at the monitor's interval, report."""
+        if self._rules:
+            # torch's own scaler skips a step without telling the engine, and then halves its scale.
+            skipped = _torch_scaler(engine) is not None and _loss_scale(engine) < self._scale
+            self._rules.after_step(engine.was_step_applied() and not skipped, self._scale)
+        self._set_step(engine.global_steps)
+        window = self.monitor.end_step(engine.global_steps - 1) if self.monitor else None
+        if window is None:
+            return
+        layers = layer_metrics(window)
+        self.report = {"kind": "load", "step": engine.global_steps, "steps": window.steps, "layers": layers}
+        if self._sink:
+            self._sink.write(self.report)
+        if engine.monitor.enabled:
+            engine.monitor.write_events(engine_events(layers, engine.global_samples))
+
+    def release(self) -> None:
+        """Give the model its own gates back and stop counting."""
+        for router in self.routers():
+            router.release()
+        for hook in self._hooks:
+            hook.remove()
+        if self._sink:
+            self._sink.close()
+        self.monitor, self._finite, self._rules = None, None, None
+
+
+def _same_gates(engine: DeepSpeedEngine) -> Any:
+    """The ranks that hold the same gates and see other tokens: data-parallel ones, and sequence-parallel peers."""
+    group = getattr(engine, "seq_data_parallel_group", None)
+    return engine.data_parallel_group if group is None else group
+
+
+def _torch_scaler(engine: DeepSpeedEngine) -> Any:
+    """torch's own loss scaler, which DeepSpeed uses for fp16 by autocast under ZeRO 0."""
+    return getattr(engine, "torch_autocast_z0_gradscaler", None)
+
+
+def _loss_scale(engine: DeepSpeedEngine) -> float:
+    """What the gradients of this step are multiplied by; 1 without a loss scaler."""
+    if not _scales_loss(engine):
+        return 1.0
+    scaler = _torch_scaler(engine)
+    if scaler is not None:
+        return float(scaler.get_scale())
+    optimizer: Any = engine.optimizer
+    return float(optimizer.loss_scale if hasattr(optimizer, "loss_scale") else getattr(optimizer, "cur_scale", 1.0))
+
+
+def _scales_loss(engine: DeepSpeedEngine) -> bool:
+    """Whether a loss scaler expects overflows and skips their step: fp16, plain or (since 0.17) by autocast."""
+    if engine.fp16_enabled():
+        return True
+    autocast = getattr(engine, "torch_autocast_enabled", None)
+    return autocast is not None and autocast() and engine.torch_autocast_dtype() == torch.float16
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+
+
+def say(sentence: str) -> None:
+    """One line on stderr. DeepSpeed's logger hides all but warnings."""
+    print(f"SSR {sentence}", file=sys.stderr, flush=True)
