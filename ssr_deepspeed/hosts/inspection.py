@@ -65,10 +65,9 @@ class _UnservableError(Exception):
 
 
 def _biases(module: nn.Module, experts: int) -> list[Tensor]:
-    """What a router's forward requires beside hidden states: where any does, it is a bias of each expert."""
+    """What a router's forward takes beside hidden states, required or named so: a bias of each expert."""
     parameters = list(inspect.signature(module.forward).parameters.values())[1:]
-    required = [one for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
-    return [torch.zeros(experts) for _ in required]
+    return [torch.zeros(experts) for one in parameters if one.default is one.empty or "bias" in one.name]
 
 
 def _contract_of(
