@@ -83,9 +83,9 @@ class SSRGate(Router, TopKGate):
         return self.wg.weight
 
     @property
-    def experts_per_token(self) -> int:
-        """K."""
-        return self.k
+    def router_sizes(self) -> tuple[int, int, int]:
+        """E, M and K."""
+        return (*self.wg.weight.shape, self.k)
 
     @property
     def expert_parallel_group(self) -> Any:

@@ -70,12 +70,12 @@ class Router(nn.Module):
 
     @property
     def router_weight(self) -> Tensor:
-        """The weight that makes the logits, `[E, M]`."""
+        """The weight that makes the logits, `[E, M]`, or what this rank holds of it."""
         raise NotImplementedError
 
     @property
-    def experts_per_token(self) -> int:
-        """K."""
+    def router_sizes(self) -> tuple[int, int, int]:
+        """E, M and K."""
         raise NotImplementedError
 
     @property
@@ -84,7 +84,7 @@ class Router(nn.Module):
         return None
 
     def _begin(self, config: SSRConfig, layer: int, data_parallel_group: Any) -> None:
-        rule = make_rule(config, self.router_weight, self.experts_per_token)
+        rule = make_rule(config, *self.router_sizes, self.router_weight.device)
         self.ssr = RouterState(config, rule, layer, data_parallel_group=data_parallel_group)
         self.set_step(0)
 
@@ -100,7 +100,7 @@ class Router(nn.Module):
 
     def renew_rule(self) -> None:
         """Begin the balancing rule anew, with its initial state."""
-        self.ssr.rule = make_rule(self.ssr.config, self.router_weight, self.experts_per_token)
+        self.ssr.rule = make_rule(self.ssr.config, *self.router_sizes, self.router_weight.device)
 
     def release(self) -> nn.Module:
         """Turn the router back into the host's own, in place."""

@@ -74,9 +74,9 @@ class TokenRouter(Router):
         return next(parameter for parameter in owner.parameters() if parameter.dim() > 0)
 
     @property
-    def experts_per_token(self) -> int:
-        """K."""
-        return self.contract.k
+    def router_sizes(self) -> tuple[int, int, int]:
+        """E, M and K."""
+        return self.contract.experts, self.contract.width, self.contract.k
 
     @classmethod
     def adopt(

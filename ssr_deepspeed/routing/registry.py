@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
 
 from ssr_deepspeed.config import RuleName, SSRConfig
 from ssr_deepspeed.routing.carried import Carried
@@ -32,7 +32,6 @@ RULES: dict[RuleName, type[Rule]] = {
 }
 
 
-def make_rule(config: SSRConfig, weight_EM: Tensor, k: int) -> Rule:
-    """The rule that `config.rule` names, for the gate with this weight, where that lies."""
-    experts, width = weight_EM.shape
-    return RULES[config.rule](config, experts, width, k, weight_EM.device)
+def make_rule(config: SSRConfig, experts: int, width: int, k: int, device: torch.device) -> Rule:
+    """The rule that `config.rule` names, for a router of that many experts whose input is that wide."""
+    return RULES[config.rule](config, experts, width, k, device)

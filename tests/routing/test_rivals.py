@@ -108,7 +108,7 @@ def test_the_noises_weight_learns_by_adam_on_the_gradient_of_the_step():
 
 def test_adam_reads_nothing_from_the_device():
     """On the meta device nothing can be read."""
-    rule = make_rule(SSRConfig(rule="noisy"), torch.empty(6, 8, device="meta"), 2)
+    rule = make_rule(SSRConfig(rule="noisy"), 6, 8, 2, torch.device("meta"))
     rule.gather()
     rule.commit(rule.sums, False)
     assert rule.state["steps"].item() == 1
