@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 assert "ssr_deepspeed" in {entry.name for entry in entry_points(group="torch.backends")}
 assert "deepspeed" not in sys.modules and "ssr_deepspeed.config" not in sys.modules
 from deepspeed.runtime.engine import DeepSpeedEngine
-print(type(sys.meta_path[0]).__module__, DeepSpeedEngine.__init__.__module__, hasattr(DeepSpeedEngine.forward, "__wrapped__"))
+print(DeepSpeedEngine.__init__.__module__, hasattr(DeepSpeedEngine.forward, "__wrapped__"))
 """
 TRAIN = """
 import deepspeed, torch
@@ -47,7 +47,7 @@ def test_nothing_happens_without_the_variable(asked):
 
 def test_with_it_importing_torch_loads_nothing_and_the_first_engine_installs():
     result = run(LOOK, "1", "-X", "importtime")
-    assert "ssr_deepspeed.autoload" in result.stdout.split()[1]
+    assert "ssr_deepspeed.autoload False" in result.stdout
     assert "ssr_deepspeed.hosts" not in result.stderr
 
 
