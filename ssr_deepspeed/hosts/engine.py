@@ -29,6 +29,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.moe.sharded_moe import TopKGate
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
@@ -292,6 +293,9 @@ def _wrap_load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _same_gates(engine: DeepSpeedEngine) -> Any:
     """The ranks that hold the same gates and see other tokens: data-parallel ones, and sequence-parallel peers."""
+    if getattr(engine, "mesh_device", None) is not None:
+        # A mesh of just these two kinds of ranks: the engine's own group has only the first.
+        return dist.group.WORLD
     group = getattr(engine, "seq_data_parallel_group", None)
     return engine.data_parallel_group if group is None else group
 

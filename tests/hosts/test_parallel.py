@@ -1,4 +1,4 @@
-"""Balancing rules where the layers are shared out among pipeline stages."""
+"""Balancing rules where a sequence's tokens, or the model's layers, are shared out among ranks."""
 
 import pytest
 import torch
@@ -6,24 +6,18 @@ import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 
 import ssr_deepspeed
-from ssr_deepspeed.gate import SSRGate
 from ssr_deepspeed.hosts import rules
 from ssr_deepspeed.hosts.rules import KEY
 from tests.gloo import run_ranks
-from tests.hosts.test_rules import Accelerator
+from tests.hosts.test_rules import BEFORE, LOSS_FREE, PLAIN, STILL, Accelerator, _batch, _gates
 from tests.toy import WIDTH, ToyModel, build_engine
 
-STILL = {"type": "SGD", "params": {"lr": 0.0}}
-CARRIED = {"rule": "carried", "probability": 0.0, "carried": {"refresh": "after"}}
+AFTER = BEFORE | {"carried": {"refresh": "after"}}
 LIMIT = 0.6
 TRIGGER = {"rule": "ssr", "probability": {"imbalance": LIMIT}}
 
 MOE = LayerSpec(ToyModel, moe_layers=1)
 DENSE = LayerSpec(torch.nn.Linear, WIDTH, WIDTH)
-
-
-def _gates(engine):
-    return [module for module in engine.module.modules() if isinstance(module, SSRGate)]
 
 
 def _states(engine):
@@ -37,10 +31,72 @@ def _coins(engine):
     return [gate.ssr.transport for gate in _gates(engine)]
 
 
-def _batch(step):
-    """Two rows of tokens of optimizer step `step`."""
-    generator = torch.Generator().manual_seed(100 + step)
-    return torch.randn(2, 24, WIDTH, generator=generator) + 0.5
+class SequencePeers:
+    """What a host that shares out sequences, and nothing else, says of its ranks: here all are of one sequence.
+
+    It has a data-parallel group, as Megatron-DeepSpeed's has, and denies tensor parallelism, for which DeepSpeed's
+    MoE would otherwise take these ranks.
+    """
+
+    def __init__(self):
+        self._alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+
+    def get_sequence_parallel_group(self):
+        return dist.group.WORLD
+
+    def get_sequence_parallel_world_size(self):
+        return dist.get_world_size()
+
+    def get_sequence_data_parallel_group(self):
+        return dist.group.WORLD
+
+    def get_sequence_data_parallel_world_size(self):
+        return dist.get_world_size()
+
+    def get_data_parallel_group(self):
+        return self._alone
+
+    def get_data_parallel_world_size(self):
+        return 1
+
+    def get_data_parallel_rank(self):
+        return 0
+
+    get_model_parallel_group = get_data_parallel_group
+    get_model_parallel_world_size = get_data_parallel_world_size
+    get_model_parallel_rank = get_data_parallel_rank
+    get_tensor_model_parallel_world_size = get_data_parallel_world_size
+
+
+def _states_of_steps(source, optimizer):
+    """By rule: states after each of four steps, of this rank's share of every sequence."""
+    ssr_deepspeed.install()
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    mpu = SequencePeers() if source == "mpu" else None
+    mesh = {"sequence_parallel_size": ranks, "data_parallel_size": 1} if source == "mesh" else {}
+    found = []
+    for block in (AFTER, BEFORE, LOSS_FREE, TRIGGER | {"scope": "data_parallel"}):
+        model = ToyModel(ranks, rank)
+        for name, weight in model.named_parameters():
+            weight.requires_grad_("experts" not in name)  # DeepSpeed averages their gradients, where it sums the others
+        engine = build_engine(model, block, mpu=mpu, optimizer=optimizer, **mesh)
+        for step in range(4):
+            batch = _batch(step)
+            out = engine(batch.chunk(ranks, dim=1)[rank])
+            engine.backward(out.square().sum() / batch.numel())
+            engine.step()
+            found.append((_states(engine), _coins(engine)))
+    return found
+
+
+# By a mesh DeepSpeed 0.19.8 reduces no gradient over a sequence's ranks: their routers stay the same only untrained.
+@pytest.mark.parametrize(("source", "optimizer"), [("mpu", PLAIN), ("mesh", STILL)])
+def test_ranks_of_one_sequence_hold_the_state_that_one_rank_with_all_its_tokens_does(source, optimizer, tmp_path):
+    (whole,) = run_ranks(1, _states_of_steps, None, optimizer, folder=tmp_path)
+    first, second = run_ranks(2, _states_of_steps, source, optimizer, folder=tmp_path)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, whole, rtol=1e-4, atol=1e-5)
+    assert all(value.any() for states, _ in whole for state in states.values() for value in state.values())
 
 
 def _pipeline(layers, block, **config):
@@ -106,7 +162,7 @@ def _check_resuming(layers, blocks, folder):
 
 
 def test_every_stage_saves_the_state_of_all_layers_and_a_resumed_pipeline_goes_on_bit_for_bit(tmp_path):
-    _check_resuming([MOE] * 4, (CARRIED, {"rule": "quantile"}, TRIGGER), tmp_path)
+    _check_resuming([MOE] * 4, (AFTER, {"rule": "quantile"}, TRIGGER), tmp_path)
 
 
 @pytest.mark.parametrize("place", [0, 1])
