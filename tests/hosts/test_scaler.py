@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 import ssr_deepspeed
@@ -42,3 +43,27 @@ def _skipped_by_torch():
 
 def test_a_step_that_torchs_own_scaler_skips_commits_nothing_and_the_next_good_one_does(tmp_path):
     run_ranks(1, _skipped_by_torch, folder=tmp_path)
+
+
+def _skipped_by_one():
+    """Scale and states after a step at which the second rank's experts alone overflow, and after a good one."""
+    ssr_deepspeed.install()
+    rank = dist.get_rank()
+    model = ToyModel(2, rank, moe_layers=1)
+    for name, weight in model.named_parameters():
+        if rank == 1 and name.endswith((".0.weight", ".2.weight")):  # of the experts
+            weight.data *= 64 if name.endswith(".0.weight") else 1 / 64
+    engine = build_engine(model, LOSS_FREE, optimizer=STILL, **AUTOCAST)
+    found = []
+    for weight in (2.0**-4, 2.0**-20):
+        _step(engine, _batch(0, slice(rank, rank + 1)), weight)
+        found.append((engine.torch_autocast_z0_gradscaler.get_scale(), _states(engine)))
+    return found
+
+
+def test_a_step_that_torchs_own_scaler_skips_on_one_rank_commits_nothing_on_any(tmp_path):
+    (skipped, good), (other_skipped, other_good) = run_ranks(2, _skipped_by_one, folder=tmp_path)
+    assert skipped[0] == good[0] == 2 * other_skipped[0] == 2 * other_good[0], "the second rank alone skipped a step"
+    torch.testing.assert_close([good[1], skipped[1]], [other_good[1], other_skipped[1]], rtol=0, atol=0)
+    assert not any(value.any() for state in skipped[1] for value in state.values())
+    assert all(value.any() for state in good[1] for value in state.values())
