@@ -102,7 +102,12 @@ def test_ranks_of_one_sequence_hold_the_state_that_one_rank_with_all_its_tokens_
 def _pipeline(layers, block, **config):
     """The engine of a pipeline of two stages; a step takes two micro-batches."""
     model = PipelineModule(layers, num_stages=2, loss_fn=lambda out, _: out.square().mean(), partition_method="uniform")
-    return build_engine(model, block, gradient_accumulation_steps=2, **config)
+    return build_engine(model, block, gradient_accumulation_steps=2, gradient_clipping=1.0, **config)
+
+
+def _load(engine, folder):
+    # Plain gradient descent has no state, and deepspeed 0.16.9 cannot load it beside MoE without ZeRO.
+    engine.load_checkpoint(folder, load_optimizer_states=False)
 
 
 def _train(engine, steps):
@@ -120,7 +125,7 @@ def _straight(layers, blocks, folder):
     ssr_deepspeed.install()
     found = []
     for number, block in enumerate(blocks):
-        engine = _pipeline(layers, block)
+        engine = _pipeline(layers, block, optimizer=PLAIN)
         _train(engine, range(2))
         path = f"{folder}/{number}"
         engine.save_checkpoint(path, "tag")
@@ -135,9 +140,9 @@ def _resumed(layers, blocks, folder):
     ssr_deepspeed.install()
     found = []
     for number, block in enumerate(blocks):
-        engine = _pipeline(layers, block)
+        engine = _pipeline(layers, block, optimizer=PLAIN)
         _train(engine, [9])
-        engine.load_checkpoint(f"{folder}/{number}")
+        _load(engine, f"{folder}/{number}")
         loaded = _states(engine)
         _train(engine, range(2, 4))
         found.append((loaded, _result(engine)))
@@ -225,7 +230,7 @@ def _decided_late(folder):
     first = train(straight, [0])
     straight.save_checkpoint(folder)
     resumed = engine_of()
-    resumed.load_checkpoint(folder)
+    _load(resumed, folder)
     return first + train(straight, range(1, 4)), first + train(resumed, range(1, 4))
 
 
