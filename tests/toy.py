@@ -34,7 +34,7 @@ class ToyModel(torch.nn.Module):
         return x
 
 
-def build_engine(model, block, zero=0, **config):
+def build_engine(model, block, zero=0, mpu=None, **config):
     """An engine for `model` whose configuration has the "ssr" block `block`, or none."""
     groups = split_params_into_different_moe_groups_for_optimizer({"name": "all", "params": list(model.parameters())})
     settings = {
@@ -45,7 +45,7 @@ def build_engine(model, block, zero=0, **config):
     }
     if block is not None:
         settings["ssr"] = block
-    return deepspeed.initialize(model=model, model_parameters=groups, config=settings)[0]
+    return deepspeed.initialize(model=model, model_parameters=groups, config=settings, mpu=mpu)[0]
 
 
 def global_name(name, ep_size, ep_rank):

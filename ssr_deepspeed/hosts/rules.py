@@ -6,8 +6,9 @@ nothing. The state is saved in the checkpoint's client state, beside the module'
 working with and without it. Every rank saves the state of the whole model, also of other pipeline
 stages' layers.
 
-Where a trigger decides about transport, the measured imbalance is read at once on the CPU and one step
-later on an accelerator, so that no step waits for it.
+Where a trigger decides about transport, what it says is read at once on the CPU and one step later on an
+accelerator, so that no step waits for it. One uneven layer of any stage makes a step of all layers a transport
+step on all of them.
 """
 
 from __future__ import annotations
@@ -43,11 +44,15 @@ class RuleStates:
     def __init__(
         self, config: SSRConfig, gates: dict[str, Router], layers: list[str], group: Any, device: torch.device
     ) -> None:
-        self._config, self._gates, self._layers = config, gates, layers
+        self._config, self._gates = config, gates
         self._total = sum_over(group)
         measures = config.rule in ("ssr", "capacity")  # under other rules a trigger plays no part
         self._trigger = config.probability if measures and isinstance(config.probability, Trigger) else None
         self._observing = [gate for gate in gates.values() if gate.ssr.rule.sums is not None]
+        # Asked of all ranks: one stage may hold all the gates there are, and others none.
+        self._has_stages = any(gather_objects(len(gates) < len(layers)))
+        self._decides_together = self._trigger is not None and config.per == "step" and self._has_stages
+        self._measures = self._trigger is not None and (bool(self._observing) or self._decides_together)
         if self._observing and group is None and dist.is_initialized() and dist.get_world_size() > 1:
             raise ValueError(
                 f'ssr.rule = "{config.rule}" sums over the ranks that hold the same gates, but the engine has no '
@@ -70,8 +75,13 @@ class RuleStates:
         """
         if self._checks_losses:
             self._check_losses()
-        if not self._observing:
-            return
+        if self._observing:
+            self._commit(applied, loss_scale)
+        if self._measures:
+            self._measure()
+
+    def _commit(self, applied: bool, loss_scale: float) -> None:
+        """Make the next state of what the passes of the ranks' gates have observed, and forget that."""
         rules = [gate.ssr.rule for gate in self._observing]
         for rule in rules:
             rule.gather(loss_scale)
@@ -83,8 +93,6 @@ class RuleStates:
                 gate.ssr.rule.commit(part, gate.ssr.transport)
         for part in sums:
             part.zero_()
-        if self._trigger:
-            self._measure()
 
     def _check_losses(self) -> None:
         """A loss that nobody adds, or weighs with zero, would leave the router unbalanced without a word."""
@@ -101,22 +109,25 @@ class RuleStates:
         """Set which layers route by transport at the next step, by the imbalance that is known by now."""
         before, self._pending = self._pending, None
         if self._device.type == "cpu":
-            self._decide(self._imbalance())
+            self._decide(self._uneven())
             return
-        self._pending = to_host(self._imbalance())
+        self._pending = to_host(self._uneven())
         if before is not None:
             before[1].synchronize()
             self._decide(before[0])
 
-    def _imbalance(self) -> Tensor:
-        return torch.stack([gate.ssr.rule.state["imbalance"] for gate in self._observing])
-
-    def _decide(self, imbalance_L: Tensor) -> None:
+    def _uneven(self) -> Tensor:
+        """Whether the trigger asks for transport, bool `[L]` for the layers here, or `[1]` for those of all stages."""
         assert self._trigger is not None
-        uneven_L = (imbalance_L > self._trigger.imbalance).tolist()
-        if self._config.per == "step":
-            uneven_L = [any(uneven_L)] * len(uneven_L)
-        for gate, uneven in zip(self._observing, uneven_L, strict=True):
+        flags = [gate.ssr.rule.state["imbalance"] > self._trigger.imbalance for gate in self._observing]
+        uneven_L = torch.stack(flags) if flags else torch.zeros(0, dtype=torch.bool, device=self._device)
+        if self._config.per == "layer":
+            return uneven_L
+        uneven = uneven_L.any().int().reshape(1)
+        return (maximum_over(dist.group.WORLD, uneven) if self._decides_together else uneven).bool()
+
+    def _decide(self, uneven_L: Tensor) -> None:
+        for gate, uneven in zip(self._observing, uneven_L.expand(len(self._observing)).tolist(), strict=True):
             gate.ssr.transport = uneven
 
     def save(self) -> dict[str, Any]:
@@ -129,7 +140,7 @@ class RuleStates:
             for name, gate in self._gates.items()
             if gate.ssr.rule.state
         }
-        if len(self._gates) < len(self._layers):
+        if self._has_stages:
             layers = {name: saved for theirs in gather_objects(layers) for name, saved in theirs.items()}
         return {"kind": self._kind(), "layers": layers}
 
@@ -156,6 +167,8 @@ class RuleStates:
         for theirs in gather_objects(problem):
             if theirs:
                 raise ValueError(theirs)
+        if fits and self._measures and self._device.type != "cpu":
+            self._pending = to_host(self._uneven())  # as it was on its way when the checkpoint was saved
         if fits or not any(gate.ssr.rule.state for gate in self._gates.values()):
             return None
         for gate in self._gates.values():
@@ -179,8 +192,6 @@ class RuleStates:
             gate.ssr.rule.take(theirs)
             if self._trigger:
                 gate.ssr.transport = layers[name]["transport"]
-        if self._trigger and self._device.type != "cpu":
-            self._pending = to_host(self._imbalance())  # as it was on its way when the checkpoint was saved
         return None
 
 

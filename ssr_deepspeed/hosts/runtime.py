@@ -6,10 +6,12 @@ import sys
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 
+from ssr_deepspeed.collectives import maximum_over
 from ssr_deepspeed.config import SSRConfig
 from ssr_deepspeed.hosts.finite import FiniteWatch
 from ssr_deepspeed.hosts.routers import Found
@@ -118,8 +120,7 @@ class EngineRuntime:
     def after_step(self, engine: DeepSpeedEngine) -> None:
         """Commit the rules' state, toss the next step's coin, close this step; at the monitor's interval, report."""
         if self._rules:
-            # torch's own scaler skips a step without telling the engine, and then halves its scale.
-            skipped = _torch_scaler(engine) is not None and _loss_scale(engine) < self._scale
+            skipped = _skipped_by_torch(engine, self._scale)
             self._rules.after_step(engine.was_step_applied() and not skipped, self._scale)
         self._set_step(engine.global_steps)
         window = self.monitor.end_step(engine.global_steps - 1) if self.monitor else None
@@ -145,6 +146,9 @@ class EngineRuntime:
 
 def _same_gates(engine: DeepSpeedEngine) -> Any:
     """The ranks that hold the same gates and see other tokens: data-parallel ones, and sequence-parallel peers."""
+    if getattr(engine, "mesh_device", None) is not None:
+        # A mesh of just these two kinds of ranks: the engine's own group has only the first.
+        return dist.group.WORLD
     group = getattr(engine, "seq_data_parallel_group", None)
     return engine.data_parallel_group if group is None else group
 
@@ -152,6 +156,15 @@ def _same_gates(engine: DeepSpeedEngine) -> Any:
 def _torch_scaler(engine: DeepSpeedEngine) -> Any:
     """torch's own loss scaler, which DeepSpeed uses for fp16 by autocast under ZeRO 0."""
     return getattr(engine, "torch_autocast_z0_gradscaler", None)
+
+
+def _skipped_by_torch(engine: DeepSpeedEngine, scale: float) -> bool:
+    """Whether torch's own scaler skipped the step that began with this scale, on any rank."""
+    if _torch_scaler(engine) is None:
+        return False
+    # It tells the engine nothing, but lets its scale fall; and each rank's judges its own experts' gradients alone.
+    fell = torch.tensor(int(_loss_scale(engine) < scale), device=engine.device)
+    return bool(maximum_over(dist.group.WORLD, fell))
 
 
 def _loss_scale(engine: DeepSpeedEngine) -> float:
