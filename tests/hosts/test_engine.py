@@ -151,7 +151,7 @@ def test_every_rank_raises_the_same_error_that_says_what_where_and_what_to_do(tm
     assert "rank 1 differs from that of rank 0" in missing
     assert "rank 0: cannot write ssr.monitor.path" in unwritable
     assert "no rank has a router" in no_router
-    assert "rank 1: layers.1.deepspeed_moe.gate: the gate has a forward of its own" in shadowed
+    assert "rank 1: layers.1.deepspeed_moe.gate: the router has a forward of its own" in shadowed
 
 
 def _step_on(ranks_batches, ep_size, block, k, zero):
