@@ -198,18 +198,27 @@ def _is_per_expert(value: Any, like_TE: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == like_TE.shape and value.is_floating_point()
 
 
-class HostLogits(TorchFunctionMode):
-    """Remembers the logits that a host's forward computes, and of what."""
+class HostLogits:
+    """While it is entered, remembers the logits that a host's forward computes, and of what."""
 
     def __init__(self, experts: int, width: int) -> None:
-        super().__init__()
         self.experts, self.width = experts, width
         self.found: list[tuple[Tensor, Tensor]] = []
+        self._linear: Any = None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if _makes_logits(func, args, kwargs, self.experts, self.width):
-            self.found.append((args[0], result))
+    def __enter__(self) -> HostLogits:
+        # By its name, for ZeRO-3 has put another function there.
+        self._linear = nn.functional.linear
+        nn.functional.linear = self._watched
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        nn.functional.linear = self._linear
+
+    def _watched(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        result = self._linear(input, weight, bias)
+        if tuple(weight.shape) == (self.experts, self.width):
+            self.found.append((input, result))
         return result
 
     def matrix(self) -> Tensor:
@@ -226,48 +235,43 @@ def given_routes(
     router: nn.Module, contract: HostContract, logits_TE: Tensor, indices_TK: Tensor | None = None
 ) -> Iterator[None]:
     """While it lasts, a host's forward finds these logits in place of its own, and chooses these experts if given."""
-    child = contract.linear
-    with _Given(contract, logits_TE, indices_TK):
-        if child is None:
-            yield
-            return
+    linear, child = nn.functional.linear, contract.linear
+
+    def given(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if tuple(weight.shape) != (contract.experts, contract.width):
+            return linear(input, weight, bias)
+        return logits_TE.view(*input.shape[:-1], contract.experts)
+
+    nn.functional.linear = given
+    if child is not None:
         # Not called again, for its hooks: an instance's attribute comes before its modules.
         router.__dict__[child] = _StandIn(router.get_submodule(child), logits_TE)
-        try:
+    try:
+        with _Chosen(contract, indices_TK):
             yield
-        finally:
+    finally:
+        nn.functional.linear = linear
+        if child is not None:
             del router.__dict__[child]
 
 
-class _Given(TorchFunctionMode):
-    """Gives a host's forward other logits than it would compute, and other experts than it would choose."""
+class _Chosen(TorchFunctionMode):
+    """Gives a host's one top-k over all experts these indices, if there are any."""
 
-    def __init__(self, contract: HostContract, logits_TE: Tensor, indices_TK: Tensor | None) -> None:
+    def __init__(self, contract: HostContract, indices_TK: Tensor | None) -> None:
         super().__init__()
-        self.contract, self.logits_TE, self.indices_TK = contract, logits_TE, indices_TK
+        self.contract, self.indices_TK = contract, indices_TK
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _makes_logits(func, args, kwargs, self.contract.experts, self.contract.width):
-            return self.logits_TE.view(*args[0].shape[:-1], self.contract.experts)
         if self.indices_TK is not None and func in (torch.topk, Tensor.topk):
             k = kwargs.get("k", args[1] if len(args) > 1 else None)
             scores = args[0] if args else kwargs["input"]
-            if (
-                k == self.contract.k
-                and scores.numel() == self.logits_TE.numel()
-                and scores.shape[-1] == self.contract.experts
-            ):
+            tokens = scores.numel() // self.contract.experts
+            if (k, scores.shape[-1], tokens) == (self.contract.k, self.contract.experts, len(self.indices_TK)):
                 indices = self.indices_TK.long().view(*scores.shape[:-1], k)
                 return torch.return_types.topk((scores.gather(-1, indices), indices))
         return func(*args, **kwargs)
-
-
-def _makes_logits(func: Any, args: Any, kwargs: Any, experts: int, width: int) -> bool:
-    if func is not nn.functional.linear:
-        return False
-    weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
-    return weight is not None and tuple(weight.shape) == (experts, width)
 
 
 class _StandIn:
