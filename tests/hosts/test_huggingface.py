@@ -58,7 +58,7 @@ def _loss_falls(family, stage, rule):
     assert everyone == [states] * len(everyone)
     assert all(any(potentials) for potentials in states)
     # 4 steps x 2 ranks x 2 sequences of 32 tokens, 2 experts each
-    assert [sum(layer["load"]) for layer in engine.ssr.report["layers"].values()] == pytest.approx([1.0, 1.0])
+    assert [sum(layer["load"]) for layer in engine.ssr.report["layers"].values()] == pytest.approx([1.0, 1.0], abs=1e-3)
     return losses[-1]
 
 
