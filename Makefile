@@ -37,7 +37,7 @@ test-hosts: setup
 	for version in $(HOSTS); do \
 	  home=$(CURDIR)/$(VENV)/deepspeed-$$version; \
 	  test -d $$home || $(BIN)/python -m pip install --quiet --no-deps --target $$home deepspeed==$$version || exit; \
-	  TORCH_EXTENSIONS_DIR=$$home/extensions PYTHONPATH=$$home $(BIN)/python -m pytest tests/hosts || exit; \
+	  TORCH_EXTENSIONS_DIR=$$home/extensions PYTHONPATH=$$home $(BIN)/python -m pytest tests/hosts tests/patches || exit; \
 	done
 
 # The study of balancing rules: hours of two cores, resumed where it was. The quick one reruns a part
