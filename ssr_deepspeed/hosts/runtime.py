@@ -43,7 +43,8 @@ class EngineRuntime:
         sink: JsonLines | None,
         notes: list[str],
     ) -> None:
-        self.config, self.gates, self._sink, self.notes = config, gates, sink, notes
+        self.config, self._found, self._sink, self.notes = config, gates, sink, notes
+        self.gates = {name: gate.module for name, gate in gates.items()}
         self.layers = sorted(layers, key=_natural)
         self.step = engine.global_steps
         self.report: dict[str, Any] | None = None
@@ -59,7 +60,7 @@ class EngineRuntime:
             group = _same_gates(engine)
             adopted = {
                 name: gate.adopt(self.config, self.layers.index(name), group, self._padding)
-                for name, gate in self.gates.items()
+                for name, gate in self._found.items()
             }
             self._rules = RuleStates(self.config, adopted, self.layers, group, engine.device)
             if not _scales_loss(engine):
@@ -76,13 +77,13 @@ class EngineRuntime:
             engine.device,
             copies=bwc_tensor_model_parallel_world_size(groups.mpu),
         )
-        for name, gate in self.gates.items():
+        for name, gate in self._found.items():
             self._hooks.append(gate.count(monitor, self.layers.index(name), self._padding))
         return monitor
 
     def routers(self) -> list[Router]:
         """This rank's routers that are SSR's."""
-        return [gate.module for gate in self.gates.values() if isinstance(gate.module, Router)]
+        return [gate for gate in self.gates.values() if isinstance(gate, Router)]
 
     def _set_step(self, step: int) -> None:
         self.step = step
