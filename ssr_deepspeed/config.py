@@ -161,6 +161,32 @@ class NoiseConfig(Section):
         require(self.scale >= 0, "scale", self.scale, "at least 0")
 
 
+@dataclass(frozen=True)
+class AlertConfig(Section):
+    """When a load report raises an alert. `null` or 0: never."""
+
+    dead_windows: int = 3
+    """Windows in a row for which an expert has had less than 1 % of the mean load."""
+    drop_rate: float | None = 0.1
+    """Share of dropped routes above which a layer is reported."""
+    max_vio: float | None = 2.0
+    """MaxVio of a step's batch, mean of the window."""
+    straggler: float | None = 1.5
+    """Routes received by the fullest expert-parallel rank over the mean rank's."""
+    unconverged: float | None = 0.5
+    """Share of the transport passes that ended above the solver's tolerance."""
+    router_entropy: float | None = 0.05
+    """Entropy of the router's softmax over log E, below which it is reported."""
+    nonfinite: float | None = 0.0
+    """Share of tokens whose logits hold a NaN or an infinity."""
+
+    def __post_init__(self) -> None:
+        require(self.dead_windows >= 0, "dead_windows", self.dead_windows, "at least 0")
+        for name in ("drop_rate", "max_vio", "straggler", "unconverged", "router_entropy", "nonfinite"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, name, value, "null, or at least 0")
+
+
 @dataclass(frozen=True, kw_only=True)
 class MonitorConfig(Section):
     """Expert-load monitoring."""
@@ -169,6 +195,8 @@ class MonitorConfig(Section):
     """Optimizer steps between two reports; 0 switches the monitor off."""
     path: str | None = None
     """JSON lines file that rank 0 appends each report to; none by default."""
+    alerts: AlertConfig = AlertConfig()
+    """When to say that something is wrong."""
 
     def __post_init__(self) -> None:
         # The device keeps the counts of every step of an interval.

@@ -46,6 +46,11 @@ class RouterState:
     """int64 `[E]`, routes of the last pass that got a slot, where routes are moved; else None."""
     data_parallel_group: Any = field(default=None, repr=False)
 
+    def largest_potential(self) -> Tensor | None:
+        """The largest potential over the entropy, as the last training pass used them, 0-dim; None without any."""
+        potentials_E = self.rule.state.get("potentials") if self.solution is None else self.solution.potentials
+        return None if potentials_E is None else potentials_E.abs().max() / self.config.xi
+
     def group(self, scope: Scope, expert_parallel_group: Any) -> Any:
         """The process group of that scope; None for this rank alone.
 

@@ -41,8 +41,24 @@ class HostContract:
     """Where in the host's output the weights `[T, K]` are."""
     indices_at: int
     """Where the indices `[T, K]` are."""
+    logits_at: int | None
+    """Where in the host's output the logits `[T, E]` are, if it returns them."""
     linear: str | None
     """The child that makes the logits, or None where the router's own forward does."""
+
+    def weight_of(self, router: nn.Module) -> Tensor:
+        """The weight that makes a router's logits, `[E, M]`, or what this rank holds of it."""
+        owner = router if self.linear is None else router.get_submodule(self.linear)
+        return next(parameter for parameter in owner.parameters() if parameter.dim() > 0)
+
+    def logits_of(self, router: nn.Module, input: Tensor, output: tuple[Any, ...]) -> Tensor | None:
+        """A pass's logits `[T, E]`, fp32, as returned or of the weight; None where ZeRO-3 has split that."""
+        if self.logits_at is not None:
+            return output[self.logits_at].reshape(-1, self.experts).float()
+        weight_EM = self.weight_of(router)
+        if weight_EM.shape != (self.experts, self.width):
+            return None
+        return nn.functional.linear(input.reshape(-1, self.width).float(), weight_EM.float())
 
 
 class Padding:
@@ -70,8 +86,7 @@ class TokenRouter(Router):
     @property
     def router_weight(self) -> Tensor:
         """The weight that makes the logits, `[E, M]`, or what this rank holds of it."""
-        owner = self if self.contract.linear is None else self.get_submodule(self.contract.linear)
-        return next(parameter for parameter in owner.parameters() if parameter.dim() > 0)
+        return self.contract.weight_of(self)
 
     @property
     def router_sizes(self) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ from deepspeed.moe.sharded_moe import TopKGate
 from torch import Tensor, nn
 
 from ssr_deepspeed.gate import SSRGate
-from ssr_deepspeed.monitor import LoadMonitor
+from ssr_deepspeed.monitor import LoadMonitor, Pass, Sample, sample_pass
 
 
 def find_gates(model: nn.Module) -> dict[str, TopKGate]:
@@ -37,19 +37,35 @@ def unused_options(gates: Iterable[nn.Module]) -> list[str]:
 def count_routes(gate: TopKGate, monitor: LoadMonitor, layer: int) -> torch.utils.hooks.RemovableHandle:
     """Have `monitor` count every training pass of a gate, `SSRGate` or plain `TopKGate`."""
 
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    def hook(module: TopKGate, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         if not module.training:
             return
-        demand_E = output[-1]
+        ssr = module.ssr if isinstance(module, SSRGate) else None
         capacity = output[1] if len(output) == 7 else output[1].shape[2]
-        error: Tensor | None = None
-        # Every drop policy keeps as many routes as there are slots.
-        dispatched_E = torch.clamp(demand_E, max=capacity)
-        if isinstance(module, SSRGate):
-            if module.ssr.solution is not None:
-                error = module.ssr.solution.error
-            if module.ssr.dispatched_E is not None:
-                dispatched_E = module.ssr.dispatched_E
-        monitor.add(layer, demand_E, dispatched_E, error)
+        counted = Pass(
+            output[-1],
+            None if ssr is None else ssr.dispatched_E,
+            # Every drop policy keeps as many routes as there are slots.
+            capacity if module.drop_tokens else None,
+            None if ssr is None else ssr.solution,
+        )
+        monitor.add(layer, counted)
+        monitor.sample(layer, counted.solution is not None, lambda: _look(module, inputs, output))
 
     return gate.register_forward_hook(hook)
+
+
+def _look(gate: TopKGate, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> Sample:
+    """A closer look at one pass, from what goes in and out, whether the gate is SSR's or the host's own."""
+    weight_EM = gate.wg.weight.float()
+    logits_TE = nn.functional.linear(inputs[0].float().reshape(-1, weight_EM.shape[1]), weight_EM)
+    if len(output) == 7:
+        experts_KT = output[3] if isinstance(output[3], Tensor) else torch.stack(output[3])
+        experts_TK = experts_KT.t().long()
+    else:
+        taken_TK, experts_TK = output[2].any(2).byte().topk(gate.k, dim=1)
+        experts_TK = torch.where(taken_TK > 0, experts_TK, -1)
+    used_token = inputs[1] if len(inputs) > 1 else None
+    used_T = None if used_token is None else used_token.reshape(-1) != 0
+    potential = gate.ssr.largest_potential() if isinstance(gate, SSRGate) else None
+    return sample_pass(logits_TE, experts_TK, output[-1], used_T, potential)

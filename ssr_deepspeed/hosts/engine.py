@@ -33,9 +33,10 @@ from torch import nn
 from ssr_deepspeed.collectives import gather_objects
 from ssr_deepspeed.config import SSRConfig, find_block
 from ssr_deepspeed.hosts import deepspeed_moe
+from ssr_deepspeed.hosts.monitoring import say
 from ssr_deepspeed.hosts.routers import Found, find_routers
 from ssr_deepspeed.hosts.rules import KEY
-from ssr_deepspeed.hosts.runtime import EngineRuntime, say
+from ssr_deepspeed.hosts.runtime import EngineRuntime
 from ssr_deepspeed.monitor.sinks import JsonLines
 
 _originals: dict[str, Callable[..., Any]] = {}
@@ -148,7 +149,7 @@ def _wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         runtime = vars(self).get("ssr")
         client_state = {} if client_state is None else client_state
         if runtime is not None:
-            client_state = {**client_state, KEY: runtime.before_save()}
+            client_state = {**client_state, KEY: runtime.before_save(self)}
         return original(self, save_dir, tag, client_state, *args, **kwargs)
 
     return save_checkpoint
@@ -160,7 +161,7 @@ def _wrap_load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         path, client_state = original(self, *args, **kwargs)
         runtime = vars(self).get("ssr")
         if runtime is not None and path is not None:
-            runtime.after_load(client_state.pop(KEY, None) if client_state else None, self.global_rank)
+            runtime.after_load(self, client_state.pop(KEY, None) if client_state else None)
         return path, client_state
 
     return load_checkpoint

@@ -82,8 +82,9 @@ def _contract_of(
         raise _UnservableError(f"it computes logits {len(logits.found)} times a pass, and SSR follows one")
     indices_at, k = _where_indices_are(output, experts)
     weights_at = indices_at - 1
-    contract = HostContract(experts, width, k, weights_at, indices_at, linear if calls else None)
     logits_TE = logits.matrix().float()
+    logits_at = next((at for at, value in enumerate(output[:weights_at]) if _is_same(value, logits_TE)), None)
+    contract = HostContract(experts, width, k, weights_at, indices_at, logits_at, linear if calls else None)
     favourite_T = torch.arange(_TOKENS) % experts
     shifted_TE = logits_TE + 50.0 * torch.nn.functional.one_hot(favourite_T, experts)
     found_TK = _again(router, inputs, contract, shifted_TE, None)[indices_at]
@@ -101,6 +102,10 @@ def _again(
 ) -> tuple[Any, ...]:
     with given_routes(router, contract, logits_TE, indices_TK):
         return router(*inputs)
+
+
+def _is_same(value: Any, like: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.numel() == like.numel() and torch.equal(value.view_as(like), like)
 
 
 def _where_indices_are(output: Any, experts: int) -> tuple[int, int]:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from deepspeed.moe.sharded_moe import TopKGate
-from torch import Tensor, nn
+from torch import nn
 
 from ssr_deepspeed.config import SSRConfig
 from ssr_deepspeed.gate import SSRGate
 from ssr_deepspeed.hosts import deepspeed_moe, inspection
-from ssr_deepspeed.monitor import LoadMonitor
+from ssr_deepspeed.monitor import LoadMonitor, Pass, Sample, sample_pass
 from ssr_deepspeed.router import Router
 from ssr_deepspeed.routing import asked_routes, routes_of_each
 from ssr_deepspeed.token_router import HostContract, Padding, TokenRouter, refusal
@@ -63,18 +63,24 @@ class Found:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
             if not module.training:
                 return
-            error: Tensor | None = None
-            if isinstance(module, TokenRouter):
-                assert module.ssr.demand_E is not None
-                demand_E = module.ssr.demand_E
-                error = None if module.ssr.solution is None else module.ssr.solution.error
+            indices_TK = output[contract.indices_at].long()
+            mask = padding.mask(len(indices_TK))
+            used_T = None if mask is None else mask.reshape(-1) != 0
+            ssr = module.ssr if isinstance(module, TokenRouter) else None
+            if ssr is not None and ssr.demand_E is not None:
+                demand_E = ssr.demand_E
             else:
-                indices_TK = output[contract.indices_at].long()
-                mask = padding.mask(len(indices_TK))
-                used_T = None if mask is None else mask.reshape(-1) != 0
                 demand_E = routes_of_each(indices_TK, asked_routes(indices_TK, used_T), contract.experts)
             # These hosts drop nothing.
-            monitor.add(layer, demand_E, demand_E, error)
+            counted = Pass(demand_E, solution=None if ssr is None else ssr.solution)
+            monitor.add(layer, counted)
+
+            def look() -> Sample | None:
+                logits_TE = contract.logits_of(module, inputs[0], output)
+                potential = None if ssr is None else ssr.largest_potential()
+                return None if logits_TE is None else sample_pass(logits_TE, indices_TK, demand_E, used_T, potential)
+
+            monitor.sample(layer, counted.solution is not None, look)
 
         return self.module.register_forward_hook(hook)
 

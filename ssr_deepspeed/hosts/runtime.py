@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import groups
-from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 
 from ssr_deepspeed.collectives import maximum_over
 from ssr_deepspeed.config import SSRConfig
 from ssr_deepspeed.hosts.finite import FiniteWatch
+from ssr_deepspeed.hosts.monitoring import EngineMonitor, say
 from ssr_deepspeed.hosts.routers import Found
 from ssr_deepspeed.hosts.rules import RuleStates
-from ssr_deepspeed.monitor import LoadMonitor, layer_metrics
-from ssr_deepspeed.monitor.sinks import JsonLines, engine_events
+from ssr_deepspeed.monitor.sinks import JsonLines
 from ssr_deepspeed.router import Router
 from ssr_deepspeed.token_router import Padding
 
@@ -47,8 +44,6 @@ class EngineRuntime:
         self.gates = {name: gate.module for name, gate in gates.items()}
         self.layers = sorted(layers, key=_natural)
         self.step = engine.global_steps
-        self.report: dict[str, Any] | None = None
-        """The last load report, as written to the JSON lines; the same on every rank."""
         self._hooks: list[Any] = []
         self._padding = Padding()
         if any(gate.contract is not None for gate in gates.values()):
@@ -66,20 +61,18 @@ class EngineRuntime:
             if not _scales_loss(engine):
                 by_layer = {gate.ssr.layer: gate for gate in adopted.values()}
                 self._finite = FiniteWatch(by_layer, self.layers, engine.device)
-        self.monitor = self._attach_monitor(engine, layers) if self.config.monitor.interval else None
+        self._monitor: EngineMonitor | None = None
+        if self.config.monitor.interval:
+            experts = [layers[name] for name in self.layers]
+            self._monitor = EngineMonitor(
+                self.config.monitor, engine, self._found, self.layers, experts, self._padding, sink
+            )
         self._set_step(self.step)
 
-    def _attach_monitor(self, engine: DeepSpeedEngine, layers: dict[str, int]) -> LoadMonitor:
-        monitor = LoadMonitor(
-            self.layers,
-            [layers[name] for name in self.layers],
-            self.config.monitor.interval,
-            engine.device,
-            copies=bwc_tensor_model_parallel_world_size(groups.mpu),
-        )
-        for name, gate in self._found.items():
-            self._hooks.append(gate.count(monitor, self.layers.index(name), self._padding))
-        return monitor
+    @property
+    def report(self) -> dict[str, Any] | None:
+        """The last load report, the same on every rank; None before the first."""
+        return self._monitor.report if self._monitor else None
 
     def routers(self) -> list[Router]:
         """This rank's routers that are SSR's."""
@@ -101,21 +94,24 @@ class EngineRuntime:
             self._finite.before_step(engine.global_steps)
         self._scale = _loss_scale(engine)
 
-    def before_save(self) -> dict[str, Any]:
+    def before_save(self, engine: DeepSpeedEngine) -> dict[str, Any]:
         """What a checkpoint is to hold beside the module's state.
 
         Stops, on all ranks, rather than save what logits that were not finite have spoilt.
         """
         if self._finite:
             self._finite.settle()
-        return self._rules.save() if self._rules else {}
+        saved = self._rules.save() if self._rules else {}
+        return saved | {"monitor": self._monitor.before_save(engine.global_steps)} if self._monitor else saved
 
-    def after_load(self, saved: dict[str, Any] | None, rank: int) -> None:
+    def after_load(self, engine: DeepSpeedEngine, saved: dict[str, Any] | None) -> None:
         """Forget the passes before the checkpoint's weights came, and take over the rules' state."""
         if self._finite:
             self._finite.forget()
+        if self._monitor:
+            self._monitor.after_load((saved or {}).pop("monitor", None), engine.global_steps)
         sentence = self._rules.load(saved) if self._rules else None
-        if sentence and rank == 0:
+        if sentence and engine.global_rank == 0:
             say(sentence)
 
     def after_step(self, engine: DeepSpeedEngine) -> None:
@@ -124,25 +120,20 @@ class EngineRuntime:
             skipped = _skipped_by_torch(engine, self._scale)
             self._rules.after_step(engine.was_step_applied() and not skipped, self._scale)
         self._set_step(engine.global_steps)
-        window = self.monitor.end_step(engine.global_steps - 1) if self.monitor else None
-        if window is None:
-            return
-        layers = layer_metrics(window)
-        self.report = {"kind": "load", "step": engine.global_steps, "steps": window.steps, "layers": layers}
-        if self._sink:
-            self._sink.write(self.report)
-        if engine.monitor.enabled:
-            engine.monitor.write_events(engine_events(layers, engine.global_samples))
+        if self._monitor:
+            self._monitor.end_step(engine)
 
     def release(self) -> None:
         """Give the model its own gates back and stop counting."""
+        if self._monitor:
+            self._monitor.release()
         for router in self.routers():
             router.release()
         for hook in self._hooks:
             hook.remove()
         if self._sink:
             self._sink.close()
-        self.monitor, self._finite, self._rules = None, None, None
+        self._monitor, self._finite, self._rules = None, None, None
 
 
 def _same_gates(engine: DeepSpeedEngine) -> Any:
@@ -189,8 +180,3 @@ def _scales_loss(engine: DeepSpeedEngine) -> bool:
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
-
-
-def say(sentence: str) -> None:
-    """One line on stderr. DeepSpeed's logger hides all but warnings."""
-    print(f"SSR {sentence}", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
-"""Expert load: counted on the device, reduced once an interval, turned into metrics and reports."""
+"""Expert load: counted on the device, reduced once an interval, turned into metrics, alerts and reports."""
 
-from ssr_deepspeed.monitor.counts import LoadMonitor, LoadWindow
-from ssr_deepspeed.monitor.metrics import layer_metrics
+from ssr_deepspeed.monitor.counts import LoadMonitor, LoadWindow, Pass
+from ssr_deepspeed.monitor.metrics import METRICS, layer_metrics, model_metrics
+from ssr_deepspeed.monitor.sample import Sample, sample_pass
 
-__all__ = ["LoadMonitor", "LoadWindow", "layer_metrics"]
+__all__ = ["METRICS", "LoadMonitor", "LoadWindow", "Pass", "Sample", "layer_metrics", "model_metrics", "sample_pass"]

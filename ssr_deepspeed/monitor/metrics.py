@@ -1,53 +1,144 @@
-"""Load metrics of one layer, from its counts. `l` is an expert's load, `m` the mean over experts."""
+"""Load metrics of every layer and of the model, from a window's counts. `l` is an expert's load, `m` their mean.
+
+`METRICS` names them all, with their meaning; the README's table is this one.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssr_deepspeed.monitor.counts import LoadWindow
-from ssr_deepspeed.routing import max_violation
+from ssr_deepspeed.monitor.sample import SAMPLED
 
 DEAD_BELOW = 0.01
 """An expert is dead if its load over a window is below this share of the mean."""
 
+METRICS = {
+    "max_vio": "`max l / m - 1` of each step's global batch, mean over the window's steps",
+    "max_vio_window": "`max l / m - 1` of the loads summed over the window",
+    "min_vio": "`min l / m - 1` of the window",
+    "mean_vio": "mean of `abs(l / m - 1)` of the window",
+    "cv": "standard deviation of the window's loads over `m`",
+    "effective_experts": "`exp(entropy of l / sum l) / E` of the window",
+    "dead_share": "share of experts with less than 1 % of `m` in the window",
+    "drop_rate": "share of the routes asked for that found no slot",
+    "slot_fill": "share of the slots that were taken",
+    "straggler": "routes received by the fullest rank over the mean rank's: mean over the last step's micro-batches",
+    "transport_share": "share of passes that solved a transport problem",
+    "sweeps": "iterations of a transport pass, mean",
+    "column_error": "relative column error of a transport pass, mean",
+    "unconverged": "share of the transport passes that ended above their tolerance",
+    "router_entropy": "entropy of the router's softmax over `log E`, mean over tokens (sampled)",
+    "top_k_mass": "softmax probability of the top k experts, geometric mean over tokens (sampled)",
+    "nonfinite": "share of tokens whose logits hold a NaN or an infinity (sampled)",
+    "rerouted": "share of routes that the softmax's own top-k would not have taken (sampled)",
+    "max_vio_softmax": "MaxVio of the same tokens if the softmax's top-k had routed them (sampled)",
+    "max_vio_routed": "MaxVio of these tokens as they were routed (sampled)",
+    "potential": "largest potential over the entropy (sampled)",
+}
+"""Of a layer, in the order of the records. Sampled: of one pass of each rank and window."""
+
+_WORST: dict[str, Callable[[Iterable[float]], float]] = {
+    "min_vio": min,
+    "effective_experts": min,
+    "slot_fill": min,
+    "router_entropy": min,
+}
+
 
 def layer_metrics(window: LoadWindow) -> dict[str, dict[str, Any]]:
-    """JSON-ready metrics of every layer of a window; None stands for what is not defined.
-
-    `max_vio` is the mean over the window's steps of each step's MaxVio over the global batch,
-    `max_vio_window` that of the counts summed over the window; `load` the share of each expert.
-    """
+    """JSON-ready metrics of every layer of a window, and `load`, each expert's share; None is what is not defined."""
+    load_LE = window.demand_WLE.sum(0)
+    figures = _of_loads(window, load_LE) | _of_routes(window) | _of_samples(window)
+    table_LM = _rounded(torch.stack([figures[metric] for metric in METRICS], 1))
+    shares_LE = _rounded(load_LE / load_LE.sum(1, keepdim=True))
     return {
-        name: _one_layer(
-            window.demand_WLE[:, index, :experts],
-            window.dispatched_WLE[:, index, :experts],
-            float(window.transport_share_L[index]),
-            float(window.column_error_L[index]),
-        )
-        for index, (name, experts) in enumerate(zip(window.layers, window.experts, strict=True))
+        name: dict(zip(METRICS, figures_M, strict=True)) | {"load": share_E[:experts]}
+        for name, experts, figures_M, share_E in zip(window.layers, window.experts, table_LM, shares_LE, strict=True)
     }
 
 
-def _one_layer(demand_WE: Tensor, dispatched_WE: Tensor, transport: float, error: float) -> dict[str, Any]:
-    load_E = demand_WE.sum(0)
-    total, mean = load_E.sum(), load_E.mean()
-    share_E = load_E / total
-    figures = {
-        "max_vio": max_violation(demand_WE).nanmean(),
-        "max_vio_window": max_violation(load_E),
-        "min_vio": load_E.min() / mean - 1,
-        "cv": load_E.std(correction=0) / mean,
-        "effective_experts": torch.special.entr(share_E).sum().exp() / len(load_E),
-        "dead_share": (load_E < DEAD_BELOW * mean).double().mean(),
-        "drop_rate": 1 - dispatched_WE.sum() / total,
-        "transport_share": transport,
-        "column_error": error,
+def model_metrics(layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Over all layers: the mean of each metric, and that of its worst layer with the layer's name."""
+    figures: dict[str, Any] = {}
+    for metric in METRICS:
+        known = {name: layer[metric] for name, layer in layers.items() if layer[metric] is not None}
+        if known:
+            worst = _WORST.get(metric, max)(known.values())
+            name = next(name for name, value in known.items() if value == worst)
+            figures[metric] = {"mean": finite(sum(known.values()) / len(known)), "worst": worst, "layer": name}
+    return figures
+
+
+def _of_loads(window: LoadWindow, load_LE: Tensor) -> dict[str, Tensor]:
+    experts_L = torch.tensor(window.experts, dtype=torch.float64)
+    # Layers with fewer experts than the widest have columns that stand for none.
+    real_LE = torch.arange(load_LE.shape[1]) < experts_L.unsqueeze(1)
+    mean_L = load_LE.sum(1) / experts_L
+    ratio_LE = load_LE / mean_L.unsqueeze(1)
+
+    def mean_over_experts(value_LE: Tensor) -> Tensor:
+        return torch.where(real_LE, value_LE, 0.0).sum(1) / experts_L
+
+    entropy_L = torch.special.entr(load_LE / load_LE.sum(1, keepdim=True)).sum(1)
+    dead_LE = torch.where(ratio_LE.isnan(), ratio_LE, (ratio_LE < DEAD_BELOW).double())
+    return {
+        "max_vio": _max_vio(window.demand_WLE, experts_L).nanmean(0),
+        "max_vio_window": _max_vio(load_LE, experts_L),
+        "min_vio": torch.where(real_LE, ratio_LE, math.inf).amin(1) - 1,
+        "mean_vio": mean_over_experts((ratio_LE - 1).abs()),
+        "cv": mean_over_experts((ratio_LE - 1).square()).sqrt(),
+        "effective_experts": entropy_L.exp() / experts_L,
+        "dead_share": mean_over_experts(dead_LE),
     }
-    return {name: finite(value) for name, value in figures.items()} | {"load": [finite(share) for share in share_E]}
+
+
+def _of_routes(window: LoadWindow) -> dict[str, Tensor]:
+    dispatched_L = window.dispatched_WLE.sum((0, 2))
+    return {
+        "drop_rate": 1 - dispatched_L / window.demand_WLE.sum((0, 2)),
+        "slot_fill": dispatched_L / torch.where(window.slots_L > 0, window.slots_L, math.nan),
+        "straggler": _straggler(window),
+        "transport_share": window.transport_share_L,
+        "sweeps": window.sweeps_L,
+        "column_error": window.column_error_L,
+        "unconverged": window.unconverged_L,
+    }
+
+
+def _straggler(window: LoadWindow) -> Tensor:
+    """The fullest rank's load over the mean: of each micro-batch, then their mean. NaN without expert parallelism."""
+    mean_GL = window.received_GLR.sum(2) / window.present_LR.sum(1)
+    return (window.received_GLR.amax(2) / mean_GL).nanmean(0)
+
+
+def _of_samples(window: LoadWindow) -> dict[str, Tensor]:
+    width = (window.sampled_LX.shape[1] - SAMPLED) // 2
+    sums_LX, before_LE, after_LE = window.sampled_LX.split([SAMPLED, width, width], 1)
+    tokens_L, spoilt_L, entropy_L, surprise_L, routes_L, elsewhere_L, potential_L, samples_L = sums_LX.unbind(1)
+    experts_L = torch.tensor(window.experts, dtype=torch.float64)
+    return {
+        "router_entropy": entropy_L / tokens_L / experts_L.log(),
+        "top_k_mass": (-surprise_L / tokens_L).exp(),
+        "nonfinite": spoilt_L / (tokens_L + spoilt_L),
+        "rerouted": elsewhere_L / routes_L,
+        "max_vio_softmax": _max_vio(before_LE, experts_L),
+        "max_vio_routed": _max_vio(after_LE, experts_L),
+        "potential": potential_L / samples_L,
+    }
+
+
+def _max_vio(load_LE: Tensor, experts_L: Tensor) -> Tensor:
+    return load_LE.amax(-1) / (load_LE.sum(-1) / experts_L) - 1
+
+
+def _rounded(table: Tensor) -> list[list[float | None]]:
+    return [[value if math.isfinite(value) else None for value in row] for row in table.round(decimals=6).tolist()]
 
 
 def finite(value: Any) -> float | None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from ssr_deepspeed.files import replace_text
 
-# Per layer, what the engine's scalar monitors get; the JSON lines hold everything.
-_SCALARS = ("max_vio", "drop_rate", "dead_share", "transport_share")
+# What scalar sinks get, as `Train/SSR/<layer>/<metric>`; the JSON lines hold everything.
+_SCALARS = ("max_vio", "max_vio_window", "min_vio", "drop_rate", "dead_share", "straggler", "transport_share")
+# Of the model, as `Train/SSR/<metric>_mean` and `_worst`.
+_MODEL_SCALARS = ("max_vio", "drop_rate", "dead_share", "straggler", "router_entropy", "rerouted")
+# With more layers than this, those of the first, the last and evenly between them.
+_MOST_LAYERS = 16
 
 
 class JsonLines:
@@ -31,8 +35,15 @@ class JsonLines:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.write(json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n")
         self._file.flush()
+
+    def forget_after(self, step: int, kinds: Collection[str]) -> None:
+        """Drop the records of these kinds and later steps: a run that resumes at `step` writes them again."""
+        if any(record["step"] > step for record in read_kinds(self.path, kinds)):
+            self._file.close()
+            keep_records(self.path, lambda record: record.get("kind") not in kinds or record["step"] <= step)
+            self._file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         self._file.close()
@@ -51,6 +62,15 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_kinds(path: str | Path, kinds: Collection[str]) -> Iterator[dict[str, Any]]:
+    """The records of these kinds; lines of others are not parsed, which for long ones takes most of the time."""
+    marks = tuple(f'{{"kind":"{kind}"' for kind in kinds)
+    with Path(path).open(encoding="utf-8") as file:
+        for line in file:
+            if line.startswith(marks) and line.endswith("}\n"):
+                yield json.loads(line)
+
+
 def keep_records(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Drop the records that are not wanted, in one step; nothing happens where there is no file."""
     if not path.exists():
@@ -59,11 +79,34 @@ def keep_records(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def engine_events(layers: dict[str, dict[str, Any]], samples: int) -> list[tuple[str, float, int]]:
-    """A report as the events of DeepSpeed's `MonitorMaster.write_events`."""
-    return [
-        (f"Train/SSR/{name}/{metric}", figures[metric], samples)
-        for name, figures in layers.items()
-        for metric in _SCALARS
-        if figures[metric] is not None
+def load_records(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """A load report as the records that are written: the figures, and in a line of their own every expert's load.
+
+    Of many experts that line is long, and a reader may leave most of them unread. Loads are over the mean.
+    """
+    layers = {
+        name: {key: value for key, value in figures.items() if key != "load"}
+        for name, figures in report["layers"].items()
+    }
+    loads = [
+        [None if share is None else round(share * len(figures["load"]), 3) for share in figures["load"]]
+        for figures in report["layers"].values()
     ]
+    return [{**report, "layers": layers}, {"kind": "experts", "step": report["step"], "load_over_mean": loads}]
+
+
+def scalars(report: dict[str, Any]) -> dict[str, float]:
+    """A load report as few numbers by name: of the model, and of 16 layers at most."""
+    names = list(report["layers"])
+    if len(names) > _MOST_LAYERS:
+        names = [names[round(i * (len(names) - 1) / (_MOST_LAYERS - 1))] for i in range(_MOST_LAYERS)]
+    found = {f"{name}/{metric}": report["layers"][name][metric] for name in names for metric in _SCALARS}
+    for metric in _MODEL_SCALARS:
+        of_model = report["model"].get(metric, {})
+        found |= {f"{metric}_{which}": of_model.get(which) for which in ("mean", "worst")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def engine_events(report: dict[str, Any], samples: int) -> list[tuple[str, float, int]]:
+    """A report as the events of DeepSpeed's `MonitorMaster.write_events`."""
+    return [(f"Train/SSR/{name}", value, samples) for name, value in scalars(report).items()]

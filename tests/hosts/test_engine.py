@@ -1,6 +1,7 @@
 import contextlib
 import io
 import json
+import math
 
 import deepspeed
 import pytest
@@ -218,32 +219,45 @@ def _monitored(path, enabled):
         {"enabled": enabled, "rule": "ssr", "probability": 0.5, "seed": 2, "monitor": {"interval": 3, "path": path}},
         gradient_accumulation_steps=2,
     )
-    counted = torch.zeros(7, 2, EXPERTS)
+    counted, received = torch.zeros(7, 2, EXPERTS), torch.zeros(7, 2, 2, 2)
     for step in range(7):
-        for _ in range(2):
+        for micro_batch in range(2):
             used = torch.rand(1, 30) < 0.7
             out = engine(torch.randn(1, 30, WIDTH), used)
             for index, layer in enumerate(engine.module.layers):
                 counted[step, index] += layer.deepspeed_moe.exp_counts
+                # Of 30 tokens, two experts each, with a capacity factor of 1.
+                kept = layer.deepspeed_moe.exp_counts.clamp(max=math.ceil(60 / EXPERTS))
+                received[step, micro_batch, index] = kept.view(2, -1).sum(1)
             engine.backward(out.square().mean())
             engine.step()
         engine.eval()
         engine(torch.randn(1, 30, WIDTH))
         engine.train()
     dist.all_reduce(counted)
-    return counted
+    dist.all_reduce(received)
+    return counted, received
 
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_monitor_counts_every_training_pass_of_all_ranks_and_nothing_else(tmp_path, enabled):
     path = tmp_path / "load.jsonl"
-    counted, _ = run_ranks(2, _monitored, str(path), enabled, folder=tmp_path)
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    (counted, received), _ = run_ranks(2, _monitored, str(path), enabled, folder=tmp_path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {line["kind"] for line in lines} <= {"load", "experts", "alert"}
+    records = [line for line in lines if line["kind"] == "load"]
+    loads = [line["load_over_mean"] for line in lines if line["kind"] == "experts"]
     assert [(record["step"], record["steps"]) for record in records] == [(3, 3), (6, 3)]
-    for record, window in zip(records, (counted[0:3], counted[3:6]), strict=True):
+    for end, record, found in zip((3, 6), records, loads, strict=True):
+        window = counted[end - 3 : end]
         for index, figures in enumerate(record["layers"].values()):
             load = window[:, index].sum(0)
-            assert figures["load"] == pytest.approx((load / load.sum()).tolist(), abs=1e-6)
+            assert found[index] == pytest.approx((load / load.mean()).tolist(), abs=1e-3)
+            by_rank = received[end - 1, :, index]
+            straggler = (by_rank.max(1).values / by_rank.mean(1)).mean()
+            assert figures["straggler"] == pytest.approx(float(straggler), abs=1e-5)
+            assert 0 < figures["slot_fill"] <= 1
+            assert 0 < figures["router_entropy"] <= 1
             by_step = (window[:, index].max(1).values / window[:, index].mean(1) - 1).mean()
             assert figures["max_vio"] == pytest.approx(float(by_step), abs=1e-5)
     config = SSRConfig.from_dict({"rule": "ssr", "probability": 0.5, "seed": 2})

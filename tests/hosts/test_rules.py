@@ -233,16 +233,16 @@ def test_a_trigger_read_one_step_late_resumes_where_it_was(tmp_path):
 def _refuses_states():
     ssr_deepspeed.install()
     engine = build_engine(ToyModel(), COUNTS)
-    saved = engine.ssr.before_save()
+    saved = engine.ssr.before_save(engine)
     other = copy.deepcopy(saved)
     other["layers"][GATE]["state"]["potentials"] = torch.zeros(6)
     with pytest.raises(
         ValueError, match=rf'"potentials" of rule "carried" at {GATE}: it has shape \(6,\) .*\(4,\) here'
     ):
-        engine.ssr.after_load(other, 0)
+        engine.ssr.after_load(engine, other)
     del saved["layers"][GATE]
     with pytest.raises(ValueError, match=rf"at {GATE}: it is missing in the checkpoint"):
-        engine.ssr.after_load(saved, 0)
+        engine.ssr.after_load(engine, saved)
 
 
 def test_a_state_of_another_number_of_experts_or_without_a_layer_is_refused(tmp_path):
