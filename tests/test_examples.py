@@ -129,15 +129,13 @@ def test_an_entry_point_trains_with_ssr_and_resumes_bit_for_bit(script, tmp_path
 
 
 @pytest.mark.slow
-def test_the_trainer_does_so_under_zero_3_with_accumulation_too(tmp_path):
+def test_the_trainer_does_so_under_zero_3_too(tmp_path, monkeypatch):
     config = json.loads((ROOT / "tests" / "examples" / "ds.json").read_text())
     config["zero_optimization"]["stage"] = 3
     config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     (tmp_path / "zero3.json").write_text(json.dumps(config))
-    STATE3 = "checkpoint-{0}/global_step{0}/zero_pp_rank_0_mp_rank_00_model_states.pt"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(STATE, "trainer", STATE3)
-        check_script("trainer", tmp_path, "--deepspeed", str(tmp_path / "zero3.json"))
+    monkeypatch.setitem(STATE, "trainer", "checkpoint-{0}/global_step{0}/zero_pp_rank_0_mp_rank_00_model_states.pt")
+    check_script("trainer", tmp_path, "--deepspeed", str(tmp_path / "zero3.json"))
 
 
 def test_the_examples_are_short_and_the_readme_prints_their_commands():
