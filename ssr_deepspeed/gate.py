@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ssr_deepspeed.collectives import maximum_over
 from ssr_deepspeed.config import SSRConfig
-from ssr_deepspeed.router import Router
+from ssr_deepspeed.router import Router, has_own_forward
 from ssr_deepspeed.routing import (
     RoutePlan,
     Slots,
@@ -98,7 +98,7 @@ class SSRGate(Router, TopKGate):
         if type(gate) not in (TopKGate, SSRGate):
             return f"{type(gate).__qualname__} is a gate of its own kind: SSR replaces only TopKGate itself"
         experts = gate.wg.weight.shape[0]
-        if "forward" in vars(gate):
+        if has_own_forward(gate):
             return (
                 "the gate has a forward of its own (set on the instance, as accelerate's hooks do), which would "
                 "shadow SSR: remove that hook before the engine is built"

@@ -89,6 +89,7 @@ class Router(nn.Module):
         return None
 
     def _begin(self, config: SSRConfig, layer: int, data_parallel_group: Any) -> None:
+        self.__dict__.pop("forward", None)  # the host class's own, or it would have been refused
         rule = make_rule(config, *self.router_sizes, self.router_weight.device)
         self.ssr = RouterState(config, rule, layer, data_parallel_group=data_parallel_group)
         self.set_step(0)
@@ -186,6 +187,15 @@ class Router(nn.Module):
         if logits_TE.numel():
             lowest, highest = torch.aminmax(logits_TE.detach())
             flag |= ~(torch.isfinite(lowest) & torch.isfinite(highest))
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a forward set on the instance does something else than its class's.
+
+    accelerate leaves the class's own forward on the instance when it removes a hook.
+    """
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def _recomputes() -> bool:

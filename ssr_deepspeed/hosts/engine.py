@@ -13,7 +13,8 @@ are imported. All of them construct a `DeepSpeedEngine`, so five of its methods 
 
 The step counter is read here and not in a gate, where it would make torch.compile recompile at
 every step. An engine whose configuration has no "ssr" block is left alone. `uninstall` restores
-the methods and every gate that was swapped.
+the methods and every gate that was swapped. Another engine over a model that has had one, as a second
+`Trainer.train` builds it, goes on with what the rules have kept.
 
 Tested with deepspeed 0.16.9, 0.19.3 and 0.19.8.
 """
@@ -38,9 +39,11 @@ from ssr_deepspeed.hosts.routers import Found, find_routers
 from ssr_deepspeed.hosts.rules import KEY
 from ssr_deepspeed.hosts.runtime import EngineRuntime
 from ssr_deepspeed.monitor.sinks import JsonLines
+from ssr_deepspeed.router import RouterState
 
 _originals: dict[str, Callable[..., Any]] = {}
-_runtimes: weakref.WeakSet[EngineRuntime] = weakref.WeakSet()
+_runtimes: weakref.WeakKeyDictionary[nn.Module, EngineRuntime] = weakref.WeakKeyDictionary()
+"""By model, which may outlive its engine and get another."""
 
 
 def install() -> None:
@@ -84,7 +87,7 @@ def uninstall() -> None:
     for name, original in _originals.items():
         setattr(DeepSpeedEngine, name, original)
     _originals.clear()
-    for runtime in list(_runtimes):
+    for runtime in list(_runtimes.values()):
         runtime.release()
     _runtimes.clear()
 
@@ -109,7 +112,7 @@ def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
         runtime = _agree(self)
         if runtime is not None:
             self.ssr = runtime
-            _runtimes.add(runtime)
+            _runtimes[self.module] = runtime
         if self.global_rank == 0:
             _announce(runtime)
 
@@ -178,6 +181,7 @@ def _agree(engine: DeepSpeedEngine) -> EngineRuntime | None:
             replaced. The model is then unchanged.
     """
     config, sink, problem, block = None, None, None, None
+    earlier = _release_earlier(engine.module)
     gates: dict[str, Found] = {}
     notes: list[str] = []
     try:
@@ -205,7 +209,19 @@ def _agree(engine: DeepSpeedEngine) -> EngineRuntime | None:
     if config is None:
         return None
     layers = {name: experts for theirs in ranks for name, experts in theirs["layers"].items()}
-    return EngineRuntime(engine, config, gates, layers, sink, notes)
+    return EngineRuntime(engine, config, gates, layers, sink, notes, earlier)
+
+
+def _release_earlier(model: nn.Module) -> dict[nn.Module, RouterState]:
+    """Take a model's routers back from the engine that it had before; their states."""
+    modules = set(model.modules())
+    states: dict[nn.Module, RouterState] = {}
+    for owner, runtime in list(_runtimes.items()):
+        if not modules.isdisjoint(found.module for found in runtime.gates.values()):
+            states.update({router: router.ssr for router in runtime.routers()})
+            runtime.release()
+            del _runtimes[owner]
+    return states
 
 
 def _notes(

@@ -150,7 +150,7 @@ def _copy_with_random_weights(module: nn.Module, generator: torch.Generator) -> 
     """The same module on the CPU in fp32 without its hooks, its weights random, its buffers zero."""
     copy = type(module).__new__(type(module))
     nn.Module.__init__(copy)
-    own = nn.Module().__dict__
+    own = {*nn.Module().__dict__, "forward"}  # one on the instance would run the module itself
     copy.__dict__.update({key: value for key, value in module.__dict__.items() if key not in own})
     for name, parameter in module._parameters.items():
         # Logits of about one: larger ones would hide what is added to them.

@@ -13,7 +13,7 @@ from ssr_deepspeed.config import SSRConfig
 from ssr_deepspeed.gate import SSRGate
 from ssr_deepspeed.hosts import deepspeed_moe, inspection
 from ssr_deepspeed.monitor import LoadMonitor, Pass, Sample, sample_pass
-from ssr_deepspeed.router import Router
+from ssr_deepspeed.router import Router, has_own_forward
 from ssr_deepspeed.routing import asked_routes, routes_of_each
 from ssr_deepspeed.token_router import HostContract, Padding, TokenRouter, refusal
 
@@ -36,7 +36,7 @@ class Found:
 
     def refusal(self, config: SSRConfig) -> str | None:
         """Why it cannot be taken over, as a sentence, or None when it can."""
-        if "forward" in vars(self.module):
+        if has_own_forward(self.module):
             return (
                 "the router has a forward of its own (set on the instance, as accelerate's hooks do), which would "
                 "shadow SSR: remove that hook before the engine is built"

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssr_deepspeed.collectives import gather_objects, maximum_over, sum_over, to_host
 from ssr_deepspeed.config import LOSS_RULES, SSRConfig, Trigger
-from ssr_deepspeed.router import Router
+from ssr_deepspeed.router import Router, RouterState
 
 KEY = "ssr_deepspeed_rules"
 """Of the client state."""
@@ -142,13 +142,15 @@ class RuleStates:
         }
         if self._has_stages:
             layers = {name: saved for theirs in gather_objects(layers) for name, saved in theirs.items()}
-        return {"kind": self._kind(), "layers": layers}
+        return {"kind": _kind(self._config), "layers": layers}
 
-    def _kind(self) -> dict[str, str]:
-        """What a state must have in common with the rule that takes it over."""
-        config = self._config
-        own = {"cost": config.cost, "polytope": config.carried.polytope} if config.rule == "carried" else {}
-        return {"rule": config.rule, **own}
+    def inherit(self, earlier: dict[nn.Module, RouterState]) -> None:
+        """Go on with what the same gates have kept under another engine, where the rule is of the same kind."""
+        for gate in self._gates.values():
+            if gate in earlier and _kind(earlier[gate].config) == _kind(self._config):
+                gate.ssr.rule.take(earlier[gate].rule.state)
+                if self._trigger:
+                    gate.ssr.transport = earlier[gate].transport
 
     def load(self, saved: dict[str, Any] | None) -> str | None:
         """Take over a checkpoint's state; a sentence where it has none that fits, else None. One collective.
@@ -162,7 +164,7 @@ class RuleStates:
                 gate.ssr.rule.sums.zero_()
         # A disabled run saves an empty state, a rule that keeps nothing one without layers.
         kind, layers = (saved["kind"], saved["layers"]) if saved and saved["layers"] else ({}, {})
-        fits = kind == self._kind()
+        fits = kind == _kind(self._config)
         problem = self._take(layers) if fits else None
         for theirs in gather_objects(problem):
             if theirs:
@@ -176,7 +178,7 @@ class RuleStates:
             if self._trigger:
                 gate.ssr.transport = False
         found = f"the state of {_named(kind)}" if kind else "no balancing rule's state"
-        return f"finds {found} in the checkpoint: {_named(self._kind())} begins with its initial state"
+        return f"finds {found} in the checkpoint: {_named(_kind(self._config))} begins with its initial state"
 
     def _take(self, layers: dict[str, Any]) -> str | None:
         """Copy every gate's state; a sentence about the first that does not fit."""
@@ -193,6 +195,12 @@ class RuleStates:
             if self._trigger:
                 gate.ssr.transport = layers[name]["transport"]
         return None
+
+
+def _kind(config: SSRConfig) -> dict[str, str]:
+    """What a state must have in common with the rule that takes it over."""
+    own = {"cost": config.cost, "polytope": config.carried.polytope} if config.rule == "carried" else {}
+    return {"rule": config.rule, **own}
 
 
 def _named(kind: dict[str, str]) -> str:

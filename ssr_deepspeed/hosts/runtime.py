@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
 
 from ssr_deepspeed.collectives import maximum_over
 from ssr_deepspeed.config import SSRConfig
@@ -15,7 +16,7 @@ from ssr_deepspeed.hosts.monitoring import EngineMonitor, say
 from ssr_deepspeed.hosts.routers import Found
 from ssr_deepspeed.hosts.rules import RuleStates
 from ssr_deepspeed.monitor.sinks import JsonLines
-from ssr_deepspeed.router import Router
+from ssr_deepspeed.router import Router, RouterState
 from ssr_deepspeed.token_router import Padding
 
 
@@ -29,6 +30,7 @@ class EngineRuntime:
         layers: number of experts of every gate of the whole model.
         sink: gets the load reports; None on all ranks but the first.
         notes: sentences about what SSR does not do here.
+        earlier: states of the same routers under an engine before this one; a rule of the same kind goes on with them.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class EngineRuntime:
         layers: dict[str, int],
         sink: JsonLines | None,
         notes: list[str],
+        earlier: dict[nn.Module, RouterState],
     ) -> None:
         self.config, self._found, self._sink, self.notes = config, gates, sink, notes
         self.gates = {name: gate.module for name, gate in gates.items()}
@@ -58,6 +61,7 @@ class EngineRuntime:
                 for name, gate in self._found.items()
             }
             self._rules = RuleStates(self.config, adopted, self.layers, group, engine.device)
+            self._rules.inherit(earlier)
             if not _scales_loss(engine):
                 by_layer = {gate.ssr.layer: gate for gate in adopted.values()}
                 self._finite = FiniteWatch(by_layer, self.layers, engine.device)
