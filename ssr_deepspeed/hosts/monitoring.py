@@ -71,10 +71,11 @@ class EngineMonitor:
 
     def end_step(self, engine: DeepSpeedEngine) -> None:
         """Close an optimizer step; report the window that has ended."""
+        self.settle()
+        self._samples = engine.global_samples
         window = self.counts.end_step(engine.global_steps - 1)
         if window is not None:
             self._write(window)
-        self._samples = engine.global_samples
 
     def settle(self) -> None:
         """Report a window that is still on its way from the device."""
