@@ -1,8 +1,8 @@
 """A run's records in its JSON lines: read piece by piece while the run goes on, and in part where they are many.
 
 A file is indexed by the beginning of its lines, `{"kind":"load","step":50,`, and only what somebody asks for is
-parsed. A half-written last line is left for later; a damaged one in the middle is left out and counted. Where steps go back, a
-run was resumed or begun anew, and what came after that step before is forgotten.
+parsed. A half-written last line is left for later; a damaged one in the middle is left out and counted. Where steps
+go back, a run was resumed or begun anew, and what came after that step before is forgotten.
 """
 
 from __future__ import annotations
