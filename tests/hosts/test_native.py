@@ -3,6 +3,7 @@
 import logging
 import math
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,13 +23,26 @@ from tests.hosts.test_scaler import pytestmark as needs_torch_scaler
 from tests.toy import EXPERTS, WIDTH, ToyModel, build_engine, global_name
 
 TRANSPORT = {"rule": "ssr", "probability": 1.0, "scope": "data_parallel"}
+SLOW = {"type": "SGD", "params": {"lr": 1e-3}}
 MOMENTUM = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
+
+
+def _gather_flat():
+    """Let gloo gather what DeepSpeed gives it, `[E, C, M]` of each rank into a flat buffer; NCCL takes it as it is."""
+    backend = deepspeed.comm.comm.cdb
+    gather = backend.all_gather_function
+
+    def gather_flat(output_tensor, input_tensor, **rest):
+        return gather(output_tensor=output_tensor, input_tensor=input_tensor.reshape(-1), **rest)
+
+    backend.all_gather_function = gather_flat
 
 
 class TensorPeers:
     """Tensor parallelism of size 2, as a host such as Megatron-DeepSpeed tells it to DeepSpeed."""
 
     def __init__(self):
+        _gather_flat()
         ranks, rank = dist.get_world_size(), dist.get_rank()
         pairs = [dist.new_group([first, first + 1]) for first in range(0, ranks, 2)]
         others = [dist.new_group(list(range(place, ranks, 2))) for place in (0, 1)]
@@ -53,11 +67,15 @@ class TensorPeers:
         return dist.get_rank(self._others)
 
 
+def _detached(output):
+    return [item.detach() if isinstance(item, torch.Tensor) else item for item in output]
+
+
 def _watched(engine):
     """What the gates return from now on, as a list that fills."""
     seen = []
     for gate in engine.gate_modules:
-        gate.register_forward_hook(lambda module, inputs, output: seen.append(output[1:]))
+        gate.register_forward_hook(lambda module, inputs, output: seen.append(_detached(output[1:])))
     return seen
 
 
@@ -83,7 +101,7 @@ def _gate_runs(paired, drops):
             model = ToyModel(ep_size, rank % ep_size, **capacity)
             for name, weight in model.named_parameters():
                 weight.requires_grad_("experts" not in name)
-            engine = build_engine(model, block, mpu=mpu, optimizer=PLAIN)
+            engine = build_engine(model, block, mpu=mpu, optimizer=SLOW, gradient_clipping=0.0)
             routes, outputs = _watched(engine), []
             for step in range(4):
                 out = engine(_batch(step, row))
@@ -103,7 +121,7 @@ def _check_gate_runs(whole, ranks, rows):
         for rank, found in enumerate(ranks):
             mine, peer = found[case], ranks[rank ^ 1][case]
             torch.testing.assert_close(mine, peer, rtol=0, atol=0)
-            torch.testing.assert_close(mine[0], [out[rows[rank]] for out in outputs], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mine[0], [out[rows[rank]] for out in outputs], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(mine[1:3], (gates, states), rtol=1e-4, atol=1e-5)
             assert torch.equal(mine[4], demand), "tokens that peers share are counted once"
             assert all(capacity % 2 == 0 for capacity in mine[5])
@@ -115,7 +133,7 @@ def _check_gate_runs(whole, ranks, rows):
 
 def _trained_with_peers(block):
     rank, mpu = dist.get_rank(), TensorPeers()
-    engine = build_engine(ToyModel(2, rank, **OFF), block, mpu=mpu, optimizer=PLAIN)
+    engine = build_engine(ToyModel(2, rank, **OFF), block, mpu=mpu, optimizer=SLOW)
     for step in range(3):
         _step(engine, _batch(step))
     return [weight.detach().clone() for weight in engine.module.parameters()]
@@ -135,7 +153,6 @@ def test_tensor_parallel_peers_route_alike_to_the_bit_and_as_one_rank_does(tmp_p
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_two_tensor_parallel_pairs_of_two_expert_parallel_ranks_compute_what_one_process_does(tmp_path):
     (whole,) = run_ranks(1, _gate_runs, False, (False,), folder=tmp_path)
     four = run_ranks(4, _gate_runs, True, (False,), folder=tmp_path)
@@ -178,7 +195,8 @@ def _unequal_capacities():
     # Unequal numbers of tokens may have equal capacities.
     out = build_engine(ToyModel(2, rank, drop=True, min_capacity=32), {})(unequal)
     assert out.shape == unequal.shape
-    assert host_groups([None, dist.new_group([0]), dist.new_group([1])]) == [None] * 3
+    alone = [dist.new_group([0]), dist.new_group([1])][rank]
+    assert host_groups([None, alone]) == [None] * 2
     return said
 
 
@@ -199,12 +217,13 @@ def _unequal_batches(cut):
     ranks, rank = dist.get_world_size(), dist.get_rank()
     found = []
     for block in (COUNTS, BEFORE):
-        engine = build_engine(ToyModel(ranks, rank), block, optimizer=PLAIN)
+        # Clipped, a step is another: DeepSpeed's norm of the experts' gradients depends on the number of ranks.
+        engine = build_engine(ToyModel(ranks, rank), block, optimizer=SLOW, gradient_clipping=0.0)
         for step in range(2):
             rows = [_batch(step)[:1], _batch(step)[1:, :cut]]
             batch = torch.cat(rows, dim=1) if ranks == 1 else rows[rank]
             out = engine(batch)
-            engine.backward(out.square().sum() * ranks / (24 + cut))
+            engine.backward(out.square().sum() * ranks / ((24 + cut) * WIDTH))
             engine.step()
             found.append((out.detach(), _states(engine)))
     return found

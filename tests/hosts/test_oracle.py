@@ -42,9 +42,11 @@ CASES = [
     (SOFTMAX, 4, 2, 0.0, {}),
     ({"rule": "auxiliary"}, 1, 0, 0.1, {}),
     ({"rule": "auxiliary"}, 3, 2, 0.1, {}),
+    (SOFTMAX, 3, 0, 0.0, TIGHT),
 ]
-if Version(deepspeed.__version__) >= Version("0.19.0"):  # before, with k > 2, nearly all routes were dropped
-    CASES.append((SOFTMAX, 3, 0, 0.0, TIGHT))
+if Version(deepspeed.__version__) < Version("0.19.0"):
+    # `TopKGate` for k > 2 dropped nearly all routes, or failed where none may be dropped.
+    CASES = [case for case in CASES if case[1] <= 2]
 
 
 def _train(block, k, zero, weight, settings):
