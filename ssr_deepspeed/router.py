@@ -45,6 +45,9 @@ class RouterState:
     dispatched_E: Tensor | None = None
     """int64 `[E]`, routes of the last pass that got a slot, where routes are moved; else None."""
     data_parallel_group: Any = field(default=None, repr=False)
+    peers: Any = field(default=None, repr=False)
+    """The ranks that exchange buffers with this one, as a group that takes tensors on the CPU; None: nobody checks
+    that their buffers are of one size."""
 
     def group(self, scope: Scope, expert_parallel_group: Any) -> Any:
         """The process group of that scope; None for this rank alone.

@@ -12,7 +12,7 @@ from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
-from ssr_deepspeed.collectives import maximum_over
+from ssr_deepspeed.collectives import host_groups, maximum_over
 from ssr_deepspeed.config import SSRConfig
 from ssr_deepspeed.hosts.finite import FiniteWatch
 from ssr_deepspeed.hosts.routers import Found
@@ -65,6 +65,7 @@ class EngineRuntime:
                 name: gate.adopt(self.config, self.layers.index(name), group, self._padding)
                 for name, gate in self._found.items()
             }
+            _introduce_peers(adopted, engine)
             self._rules = RuleStates(self.config, adopted, self.layers, group, engine.device)
             self._rules.inherit(earlier)
             if not _scales_loss(engine):
@@ -156,6 +157,15 @@ def _same_gates(engine: DeepSpeedEngine) -> Any:
         return dist.group.WORLD
     group = getattr(engine, "seq_data_parallel_group", None)
     return engine.data_parallel_group if group is None else group
+
+
+def _introduce_peers(gates: dict[str, Router], engine: DeepSpeedEngine) -> None:
+    """Tell every gate whom it exchanges buffers with. On an accelerator hosts need groups of their own to talk."""
+    groups = [gate.expert_parallel_group for gate in gates.values()]
+    if engine.device.type != "cpu":
+        groups = host_groups(groups)
+    for gate, group in zip(gates.values(), groups, strict=True):
+        gate.ssr.peers = group
 
 
 def _torch_scaler(engine: DeepSpeedEngine) -> Any:
