@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ssr_deepspeed.collectives import maximum_over, numbers_of
 from ssr_deepspeed.config import SSRConfig
-from ssr_deepspeed.router import Router, has_own_forward
+from ssr_deepspeed.router import Router, has_own_forward, recomputes
 from ssr_deepspeed.routing import (
     RoutePlan,
     Slots,
@@ -214,10 +214,10 @@ class SSRGate(Router, TopKGate):
     def _check_peers(self, capacity: int, tokens: int) -> None:
         """Stop on all ranks before they exchange buffers of unequal size, which would hang, crash or mix up tokens.
 
-        Every pass asks: a rank cannot know that only the others have changed. The numbers go from host to host,
-        so that no device is waited for.
+        The first gate asks in every pass: a rank cannot know that only the others have changed. The numbers go from
+        host to host, so that no device is waited for; a recomputed pass has asked before.
         """
-        if self.ssr.peers is None or torch.compiler.is_compiling():
+        if self.ssr.peers is None or torch.compiler.is_compiling() or recomputes():
             return
         sizes = numbers_of(self.ssr.peers, (capacity, tokens))
         most, least = max(sizes, key=lambda rank: sizes[rank]), min(sizes, key=lambda rank: sizes[rank])

@@ -144,7 +144,7 @@ class Router(nn.Module):
             input_TM,
             mask,
             self.ssr.transport,
-            _recomputes(),
+            recomputes(),
             lambda: sum_over(self.ssr.group(config.scope, self.expert_parallel_group)),
             lambda: sum_over(self.ssr.group("data_parallel", None)),
         )
@@ -196,6 +196,6 @@ def has_own_forward(module: nn.Module) -> bool:
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
-def _recomputes() -> bool:
+def recomputes() -> bool:
     """Whether backward is recomputing a checkpointed pass, which has been observed before."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

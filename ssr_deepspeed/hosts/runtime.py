@@ -160,12 +160,17 @@ def _same_gates(engine: DeepSpeedEngine) -> Any:
 
 
 def _introduce_peers(gates: dict[str, Router], engine: DeepSpeedEngine) -> None:
-    """Tell every gate whom it exchanges buffers with. On an accelerator hosts need groups of their own to talk."""
-    groups = [gate.expert_parallel_group for gate in gates.values()]
-    if engine.device.type != "cpu":
-        groups = host_groups(groups)
-    for gate, group in zip(gates.values(), groups, strict=True):
-        gate.ssr.peers = group
+    """Tell the first gate of each expert-parallel group whom it exchanges buffers with.
+
+    It asks for all that come after it in the same pass, whose tokens are the same. On an accelerator hosts need
+    groups of their own to talk.
+    """
+    firsts: dict[Any, Router] = {}
+    for gate in sorted(gates.values(), key=lambda gate: gate.ssr.layer):
+        firsts.setdefault(gate.expert_parallel_group, gate)
+    own = list(firsts)
+    for group, peers in zip(own, own if engine.device.type == "cpu" else host_groups(own), strict=True):
+        firsts[group].ssr.peers = peers
 
 
 def _torch_scaler(engine: DeepSpeedEngine) -> Any:
