@@ -105,6 +105,8 @@ class TokenRouter(Router):
         state = {key: value for key, value in self.__dict__.items() if key not in ("ssr", "contract", "padding")}
         return _unpickle, (_host_class(type(self)),), state
 
+    # The logits are met by a function put in torch's place, which no trace follows: torch.compile breaks its graph.
+    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's routes: its own, or those of the balancing rule's potentials."""
         with HostLogits(self.contract.experts, self.contract.width) as logits:
