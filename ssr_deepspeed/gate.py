@@ -10,7 +10,8 @@ a loss), evaluation is deterministic, padding (`used_token`) is never routed, an
 overflows keeps its most probable routes. `TopKGate`'s own random choices (`noisy_gate_policy`,
 `use_rts`, `top2_2nd_expert_sampling`) play no part; noise is the configuration's.
 
-Tested with deepspeed 0.19.8, and with the dense contract in 0.16.9 and 0.19.3. Not run here: Tutel.
+Tested with the versions of DeepSpeed in `ssr_deepspeed/versions.py`, up to 0.19.3 with the dense contract. Not run
+here: Tutel.
 
 Shapes: T tokens, E experts, K choices a token, C capacity, M model width.
 """
