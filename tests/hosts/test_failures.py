@@ -175,7 +175,7 @@ def _both_hosts():
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
-    states = {name: gate.module.ssr.rule.state["potentials"].tolist() for name, gate in engine.ssr.gates.items()}
+    states = {name: gate.ssr.rule.state["potentials"].tolist() for name, gate in engine.ssr.gates.items()}
     refused = _message((ValueError, AssertionError, RuntimeError), lambda: build(num_local_experts=7))
     return said, losses, states, engine.ssr.report["layers"], refused
 
