@@ -8,7 +8,8 @@ from typing import Any
 
 _HOME = {
     "SSRConfig": "ssr_deepspeed.config",
-    "SSRGate": "ssr_deepspeed.gate",
+    # Through the hosts, which look at DeepSpeed's version first.
+    "SSRGate": "ssr_deepspeed.hosts.routers",
     "initialize": "ssr_deepspeed.hosts.engine",
     "install": "ssr_deepspeed.hosts.engine",
     "route": "ssr_deepspeed.routing",

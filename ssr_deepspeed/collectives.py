@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,6 +45,25 @@ def maximum_over(group: Any, tensor: Tensor) -> Tensor:
     largest = tensor.clone()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     return largest
+
+
+def numbers_of(group: Any, numbers: Sequence[int]) -> dict[int, list[int]]:
+    """`numbers` of every rank of `group`, by rank, on every rank. The group must take tensors on the CPU."""
+    own = torch.tensor(numbers)
+    theirs = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(theirs, own, group=group)
+    return dict(zip(dist.get_process_group_ranks(group), (each.tolist() for each in theirs), strict=True))
+
+
+def host_groups(groups: Sequence[Any]) -> list[Any]:
+    """For each group one of the same ranks that takes tensors on the CPU; None for one rank alone.
+
+    Every rank of the job must call it, with groups or without.
+    """
+    own = [() if _alone(group) else tuple(dist.get_process_group_ranks(group)) for group in groups]
+    wanted = sorted({ranks for theirs in gather_objects(own) for ranks in theirs if ranks})
+    made = {ranks: dist.new_group(list(ranks), backend="gloo") for ranks in wanted}
+    return [made.get(ranks) for ranks in own]
 
 
 def to_host(tensor: Tensor) -> tuple[Tensor, Any]:

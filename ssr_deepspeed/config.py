@@ -9,6 +9,7 @@ rejects a DeepSpeed configuration that still holds one.
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -352,9 +353,10 @@ def find_block(deepspeed_config: dict[str, Any]) -> dict[str, Any] | None:
         ValueError: the block is null, or a key was probably meant to be `"ssr"`.
     """
     for key in deepspeed_config:
-        word = key.lower().replace("-", "_")
-        near = len(word) <= 4 and difflib.get_close_matches(word, ["ssr"])
-        if key != "ssr" and (near or word.split("_")[0] == "ssr" or sorted(word) == ["r", "s", "s"]):
+        word = re.sub("[^a-z]+", "_", key.lower()).strip("_")
+        near = (len(word) <= 4 and difflib.get_close_matches(word, ["ssr"])) or sorted(word) == ["r", "s", "s"]
+        named = "sinkhorn" in word or any(part.startswith("ssr") for part in word.split("_"))
+        if key != "ssr" and (near or named):
             raise ValueError(f'unknown top-level key "{key}" in the DeepSpeed configuration; did you mean "ssr"?')
     if "ssr" in deepspeed_config and deepspeed_config["ssr"] is None:
         raise ValueError("ssr = null; allowed: a JSON object, {} for the defaults; remove the key to train without SSR")

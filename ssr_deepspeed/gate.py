@@ -10,8 +10,8 @@ a loss), evaluation is deterministic, padding (`used_token`) is never routed, an
 overflows keeps its most probable routes. `TopKGate`'s own random choices (`noisy_gate_policy`,
 `use_rts`, `top2_2nd_expert_sampling`) play no part; noise is the configuration's.
 
-Tested with deepspeed 0.19.8, and with the dense contract in 0.16.9 and 0.19.3. Not run here: Tutel
-and tensor parallelism.
+Tested with the versions of DeepSpeed in `ssr_deepspeed/versions.py`, up to 0.19.3 with the dense contract. Not run
+here: Tutel.
 
 Shapes: T tokens, E experts, K choices a token, C capacity, M model width.
 """
@@ -27,9 +27,9 @@ from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor, nn
 
-from ssr_deepspeed.collectives import maximum_over
+from ssr_deepspeed.collectives import maximum_over, numbers_of
 from ssr_deepspeed.config import SSRConfig
-from ssr_deepspeed.router import Router, has_own_forward
+from ssr_deepspeed.router import Router, has_own_forward, recomputes
 from ssr_deepspeed.routing import (
     RoutePlan,
     Slots,
@@ -145,7 +145,8 @@ class SSRGate(Router, TopKGate):
             carries a graph; `exp_counts` int64 `[E]` is the demand before capacity.
 
         Raises:
-            ValueError: `used_token` has another number of entries than there are tokens.
+            ValueError: `used_token` has another number of entries than there are tokens; or, on every rank of an
+                expert-parallel group, their capacities differ, as unequal numbers of tokens make them.
         """
         if self.wall_clock_breakdown:
             self.timers(TOPK_GATE_TIMER).start()
@@ -203,11 +204,30 @@ class SSRGate(Router, TopKGate):
         """Capacity of every expert's buffer, equal on all ranks of the group, and the slots."""
         if self.drop_tokens:
             capacity = self._capacity(logits_TE)
+            self._check_peers(capacity, len(logits_TE))
             return capacity, fill_slots(plan, capacity)
         tensor_parallel = bwc_tensor_model_parallel_world_size(groups.mpu)
         largest = maximum_over(self.ep_group, plan.demand_E.max().clamp_min(1))
         padded = (largest + tensor_parallel - 1) // tensor_parallel * tensor_parallel
         return padded, fill_slots(plan, None)
+
+    def _check_peers(self, capacity: int, tokens: int) -> None:
+        """Stop on all ranks before they exchange buffers of unequal size, which would hang, crash or mix up tokens.
+
+        The first gate asks in every pass: a rank cannot know that only the others have changed. The numbers go from
+        host to host, so that no device is waited for; a recomputed pass has asked before.
+        """
+        if self.ssr.peers is None or torch.compiler.is_compiling() or recomputes():
+            return
+        sizes = numbers_of(self.ssr.peers, (capacity, tokens))
+        most, least = max(sizes, key=lambda rank: sizes[rank]), min(sizes, key=lambda rank: sizes[rank])
+        if sizes[most][0] != sizes[least][0]:
+            found = " and ".join(f"{sizes[r][1]} on rank {r} (capacity {sizes[r][0]})" for r in (most, least))
+            raise ValueError(
+                f"router {self.ssr.layer} got unequal numbers of tokens: {found}, and the experts of these ranks can "
+                "only exchange buffers of one size: give all ranks of an expert-parallel group batches of one size, "
+                "or build MoE with drop_tokens=False"
+            )
 
 
 def _sparse(

@@ -45,6 +45,9 @@ class RouterState:
     dispatched_E: Tensor | None = None
     """int64 `[E]`, routes of the last pass that got a slot, where routes are moved; else None."""
     data_parallel_group: Any = field(default=None, repr=False)
+    peers: Any = field(default=None, repr=False)
+    """The ranks that exchange buffers with this one, as a group that takes tensors on the CPU; None: nobody checks
+    that their buffers are of one size."""
 
     def largest_potential(self) -> Tensor | None:
         """The largest potential over the entropy, as the last training pass used them, 0-dim; None without any."""
@@ -146,7 +149,7 @@ class Router(nn.Module):
             input_TM,
             mask,
             self.ssr.transport,
-            _recomputes(),
+            recomputes(),
             lambda: sum_over(self.ssr.group(config.scope, self.expert_parallel_group)),
             lambda: sum_over(self.ssr.group("data_parallel", None)),
         )
@@ -198,6 +201,6 @@ def has_own_forward(module: nn.Module) -> bool:
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
-def _recomputes() -> bool:
+def recomputes() -> bool:
     """Whether backward is recomputing a checkpointed pass, which has been observed before."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -120,9 +120,12 @@ class TokenRouter(Router):
         state = {key: value for key, value in self.__dict__.items() if key not in ("ssr", "contract", "padding")}
         return _unpickle, (_host_class(type(self)),), state
 
+    # The logits are met by a function put in torch's place, which no trace follows: torch.compile breaks its graph.
+    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's routes: its own, or those of the balancing rule's potentials."""
-        with HostLogits(self.contract.experts, self.contract.width) as logits:
+        child = None if self.contract.linear is None else self.get_submodule(self.contract.linear)
+        with HostLogits(self.contract.experts, self.contract.width, child) as logits:
             own = super().forward(*args, **kwargs)
         logits_TE = logits.matrix().float()
         with torch.autocast(logits_TE.device.type, enabled=False):
@@ -214,10 +217,13 @@ def _is_per_expert(value: Any, like_TE: Tensor) -> bool:
 
 
 class HostLogits:
-    """While it is entered, remembers the logits that a host's forward computes, and of what."""
+    """While it is entered, remembers the logits that a host's forward computes, and of what.
 
-    def __init__(self, experts: int, width: int) -> None:
-        self.experts, self.width = experts, width
+    Those of a child are taken as its hooks leave them: under ZeRO-3 one of them brings the weight back for backward.
+    """
+
+    def __init__(self, experts: int, width: int, child: nn.Module | None = None) -> None:
+        self.experts, self.width, self._child = experts, width, child
         self.found: list[tuple[Tensor, Tensor]] = []
         self._linear: Any = None
 
@@ -225,10 +231,16 @@ class HostLogits:
         # By its name, for ZeRO-3 has put another function there.
         self._linear = nn.functional.linear
         nn.functional.linear = self._watched
+        self._hook = None if self._child is None else self._child.register_forward_hook(self._hooked)
         return self
 
     def __exit__(self, *error: Any) -> None:
         nn.functional.linear = self._linear
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _hooked(self, child: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.found[-1] = (self.found[-1][0], output)
 
     def _watched(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         result = self._linear(input, weight, bias)

@@ -11,14 +11,14 @@ PACKAGE = Path(__file__).parents[1] / "ssr_deepspeed"
 
 # A module may import from its own layer's package and from layers above it in this list.
 LAYERS = [
-    ["kernels", "section"],
+    ["kernels", "section", "versions"],
     ["config", "ot", "files"],
     ["collectives"],
     ["routing"],
     ["router"],
     ["gate", "token_router", "monitor"],
     ["hosts"],
-    ["pretrain", "run"],
+    ["autoload", "pretrain", "run"],
 ]
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 
@@ -37,6 +37,12 @@ def imports_of(file):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
             yield node.module
+
+
+def imports_from(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield from ((node.module, alias.name) for alias in node.names)
 
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda f: str(f.relative_to(PACKAGE)))

@@ -118,7 +118,10 @@ def test_a_schedule_warms_up_decays_linearly_and_stays():
     assert [schedule.at(step) for step in range(8)] == pytest.approx([1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.2])
 
 
-@pytest.mark.parametrize("key", ["SSR", "srs", "ssr_config", "ssr-deepspeed", "rss", "srr"])
+@pytest.mark.parametrize(
+    "key",
+    ["SSR", "srs", "ssr_config", "ssr-deepspeed", "rss", "srr", "selective_sinkhorn", "Sinkhorn", "ssr ", "my_ssr"],
+)
 def test_a_misspelt_block_is_found(key):
     with pytest.raises(ValueError, match=f'"{key}".*"ssr"'):
         find_block({"train_batch_size": 8, key: {}})

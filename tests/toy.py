@@ -39,6 +39,7 @@ def build_engine(model, block, zero=0, mpu=None, **config):
     groups = split_params_into_different_moe_groups_for_optimizer({"name": "all", "params": list(model.parameters())})
     settings = {
         "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 1.0,  # the default of newer versions; deepspeed 0.16.9 does not clip
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
         "zero_optimization": {"stage": zero},
         **config,

@@ -1,8 +1,8 @@
 """Host: `deepspeed.moe.layer.MoE`, whose gates are `TopKGate`.
 
-Tested with deepspeed 0.19.8. The gate's class is swapped in place, the narrowest change there is:
-the weight, its name, optimizer and ZeRO hooks, `engine.gate_modules` and the expert-parallel group
-all stay. Gates of another class are never touched.
+Tested with the versions of DeepSpeed in `ssr_deepspeed/versions.py`. The gate's class is swapped
+in place, the narrowest change there is: the weight, its name, optimizer and ZeRO
+hooks, `engine.gate_modules` and the expert-parallel group all stay. Gates of another class are never touched.
 
 Not covered: Tutel (the return form is there, but it was not run).
 """

@@ -16,12 +16,13 @@ every step. An engine whose configuration has no "ssr" block is left alone. `uni
 the methods and every gate that was swapped. Another engine over a model that has had one, as a second
 `Trainer.train` builds it, goes on with what the rules have kept.
 
-Tested with deepspeed 0.16.9, 0.19.3 and 0.19.8.
+Tested with the versions of DeepSpeed in `ssr_deepspeed/versions.py`.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import re
 import weakref
 from collections.abc import Callable
@@ -40,6 +41,7 @@ from ssr_deepspeed.hosts.rules import KEY
 from ssr_deepspeed.hosts.runtime import EngineRuntime
 from ssr_deepspeed.monitor.sinks import JsonLines
 from ssr_deepspeed.router import RouterState
+from ssr_deepspeed.versions import beyond_tested, tested
 
 _originals: dict[str, Callable[..., Any]] = {}
 _runtimes: weakref.WeakKeyDictionary[nn.Module, EngineRuntime] = weakref.WeakKeyDictionary()
@@ -64,12 +66,15 @@ def install() -> None:
     for name in wrappers:
         if name not in vars(DeepSpeedEngine):
             raise RuntimeError(
-                f"deepspeed {deepspeed.__version__} has no deepspeed.runtime.engine.DeepSpeedEngine.{name}; "
-                "SSR was tested with 0.16.9, 0.19.3 and 0.19.8: install one of them"
+                f"deepspeed {deepspeed.__version__} has no deepspeed.runtime.engine.DeepSpeedEngine.{name}: "
+                f"ssr_deepspeed was tested with {tested()}; install one of them"
             )
     for name, wrap in wrappers.items():
         _originals[name] = vars(DeepSpeedEngine)[name]
         setattr(DeepSpeedEngine, name, wrap(_originals[name]))
+    newer = beyond_tested(deepspeed.__version__)
+    if newer and os.environ.get("RANK", "0") == "0":
+        say(newer)
 
 
 def uninstall() -> None:
@@ -217,7 +222,7 @@ def _release_earlier(model: nn.Module) -> dict[nn.Module, RouterState]:
     modules = set(model.modules())
     states: dict[nn.Module, RouterState] = {}
     for owner, runtime in list(_runtimes.items()):
-        if not modules.isdisjoint(found.module for found in runtime.gates.values()):
+        if not modules.isdisjoint(runtime.gates.values()):
             states.update({router: router.ssr for router in runtime.routers()})
             runtime.release()
             del _runtimes[owner]

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from ssr_deepspeed.collectives import maximum_over
+from ssr_deepspeed.collectives import host_groups, maximum_over
 from ssr_deepspeed.config import SSRConfig
 from ssr_deepspeed.hosts.finite import FiniteWatch
 from ssr_deepspeed.hosts.monitoring import EngineMonitor, say
@@ -60,6 +60,7 @@ class EngineRuntime:
                 name: gate.adopt(self.config, self.layers.index(name), group, self._padding)
                 for name, gate in self._found.items()
             }
+            _introduce_peers(adopted, engine)
             self._rules = RuleStates(self.config, adopted, self.layers, group, engine.device)
             self._rules.inherit(earlier)
             if not _scales_loss(engine):
@@ -147,6 +148,20 @@ def _same_gates(engine: DeepSpeedEngine) -> Any:
         return dist.group.WORLD
     group = getattr(engine, "seq_data_parallel_group", None)
     return engine.data_parallel_group if group is None else group
+
+
+def _introduce_peers(gates: dict[str, Router], engine: DeepSpeedEngine) -> None:
+    """Tell the first gate of each expert-parallel group whom it exchanges buffers with.
+
+    It asks for all that come after it in the same pass, whose tokens are the same. On an accelerator hosts need
+    groups of their own to talk.
+    """
+    firsts: dict[Any, Router] = {}
+    for gate in sorted(gates.values(), key=lambda gate: gate.ssr.layer):
+        firsts.setdefault(gate.expert_parallel_group, gate)
+    own = list(firsts)
+    for group, peers in zip(own, own if engine.device.type == "cpu" else host_groups(own), strict=True):
+        firsts[group].ssr.peers = peers
 
 
 def _torch_scaler(engine: DeepSpeedEngine) -> Any:

@@ -168,3 +168,15 @@ def test_every_autoep_preset_trains_on_two_ranks_as_without_expert_parallelism(t
     torch.testing.assert_close(torch.tensor(split[0][0]), torch.tensor(shared[0][0]), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(torch.tensor(split[0][1]), torch.tensor(shared[0][1]), rtol=1e-2, atol=1e-2)
     assert split[0][0][-1] < split[0][0][0] - 0.3
+
+
+def _autoep_by_stage():
+    settings = {"expert_parallel": {"enabled": True, "autoep_size": 2}}
+    engines = [build(tiny_model("mixtral"), {}, zero_optimization={"stage": stage}, **settings) for stage in (1, 3)]
+    losses = [train(engine, 4, dist.get_rank()) for engine in engines]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_autoep_under_zero_3_trains_as_under_zero_1(tmp_path):
+    run_ranks(2, _autoep_by_stage, folder=tmp_path)

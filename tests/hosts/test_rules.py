@@ -107,18 +107,19 @@ def test_two_ranks_and_two_micro_batches_commit_what_one_batch_of_all_does(tmp_p
             assert not torch.equal(whole[0][0][name], whole[3][0][name])
 
 
+# With ZeRO, or without the optimizer's state: deepspeed 0.16.9 looks for that of a MoE without ZeRO in the wrong file.
 def _resumed(folder):
     ssr_deepspeed.install()
     rank = dist.get_rank()
     for number, block in enumerate((COUNTS, {"rule": "noisy", "rate": 0.1}, {"rule": "quantile"}, TRIGGER)):
-        engine = build_engine(ToyModel(2, rank), block)
+        engine = build_engine(ToyModel(2, rank), block, zero=1)
         for step in range(3):
             _step(engine, _batch(step, slice(rank, rank + 1)), seed=step)
         client = {"mine": [1, 2]}
         engine.save_checkpoint(f"{folder}/{number}", "tag", client)
         assert client == {"mine": [1, 2]}, "the caller's dict"
         saved, coins = _states(engine), [gate.ssr.transport for gate in _gates(engine)]
-        fresh = build_engine(ToyModel(2, rank), block)
+        fresh = build_engine(ToyModel(2, rank), block, zero=1)
         _step(fresh, _batch(9, slice(rank, rank + 1)))
         text = io.StringIO()
         with contextlib.redirect_stderr(text):
@@ -162,11 +163,11 @@ def _crosses(folder):
     written = []
     for block, reading, _ in _CROSSINGS:
         if block not in written:
-            writer = build_engine(ToyModel(), block)
+            writer = build_engine(ToyModel(), block, zero=1)
             _step(writer, _batch(0))
             writer.save_checkpoint(f"{folder}/{len(written)}")
             written.append(block)
-        reader = build_engine(ToyModel(), reading)
+        reader = build_engine(ToyModel(), reading, zero=1)
         _step(reader, _batch(2))  # what it has by then goes
         text = io.StringIO()
         with contextlib.redirect_stderr(text):
@@ -220,7 +221,7 @@ def _late_triggers(folder):
     straight.save_checkpoint(folder)
     rest = train(straight, range(3, 7))
     resumed = engine_of()
-    resumed.load_checkpoint(folder)
+    resumed.load_checkpoint(folder, load_optimizer_states=False)
     return first, rest, train(resumed, range(3, 7))
 
 

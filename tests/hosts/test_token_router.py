@@ -267,3 +267,20 @@ def test_looking_at_a_model_leaves_it_and_the_random_numbers_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_a_compiled_model_routes_and_trains_as_the_plain_one(family):
+    model = tiny_model(family).train()
+    other = copy.deepcopy(model)
+    routers, compiled_routers = (take_over(one, {"rule": "ssr", "probability": 1.0}) for one in (model, other))
+    compiled = torch.compile(other, backend="eager")
+    tokens = torch.randint(3, 64, (2, 12))
+    losses = [one(input_ids=tokens, labels=tokens).loss for one in (model, compiled)]
+    torch.testing.assert_close(losses[1], losses[0])
+    for loss in losses:
+        loss.backward()
+    for mine, theirs in zip(compiled_routers, routers, strict=True):
+        assert torch.equal(mine.ssr.demand_E, theirs.ssr.demand_E)
+        assert mine.ssr.solution is not None
+        torch.testing.assert_close(mine.router_weight.grad, theirs.router_weight.grad)
