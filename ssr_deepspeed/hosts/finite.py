@@ -19,6 +19,18 @@ from ssr_deepspeed.collectives import maximum_over, to_host
 from ssr_deepspeed.router import Router
 
 
+class NonfiniteLogitsError(RuntimeError):
+    """A router's logits were NaN or infinite, on every rank the same."""
+
+    def __init__(self, layer: str, rank: int, step: int) -> None:
+        self.layer, self.step = layer, step
+        super().__init__(
+            f"SSR: the router logits of {layer} were NaN or infinite on rank {rank} in the passes of "
+            f"optimizer step {step}: look for a diverging loss (learning rate, data) and go on from the "
+            "last checkpoint before it"
+        )
+
+
 class FiniteWatch:
     """Asks the gates of one engine, at every optimizer step, whether their logits were finite.
 
@@ -56,7 +68,7 @@ class FiniteWatch:
             step: optimizer steps taken before this one.
 
         Raises:
-            RuntimeError: on all ranks, if a logit was NaN or infinite on any of them: in this step's
+            NonfiniteLogitsError: on all ranks, if a logit was NaN or infinite on any of them: in this step's
                 passes on the CPU, in those of the step before on an accelerator.
         """
         # The rank plus one, so that zero is "all finite".
@@ -74,8 +86,4 @@ class FiniteWatch:
             copied.synchronize()
         for name, flag in zip(self._layers, flag_L.tolist(), strict=True):
             if flag:
-                raise RuntimeError(
-                    f"SSR: the router logits of {name} were NaN or infinite on rank {flag - 1} in the passes of "
-                    f"optimizer step {step}: look for a diverging loss (learning rate, data) and go on from the "
-                    "last checkpoint before it"
-                )
+                raise NonfiniteLogitsError(name, flag - 1, step)

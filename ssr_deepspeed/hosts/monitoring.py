@@ -13,9 +13,10 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
 from ssr_deepspeed.config import MonitorConfig
+from ssr_deepspeed.hosts.finite import NonfiniteLogitsError
 from ssr_deepspeed.hosts.routers import Found
 from ssr_deepspeed.monitor import LoadMonitor, LoadWindow, layer_metrics, model_metrics
-from ssr_deepspeed.monitor.alerts import Alerts, sentence
+from ssr_deepspeed.monitor.alerts import Alerts, nonfinite_record, sentence
 from ssr_deepspeed.monitor.sinks import JsonLines, engine_events, load_records, read_kinds
 from ssr_deepspeed.token_router import Padding
 
@@ -99,6 +100,12 @@ class EngineMonitor:
             self._sink.forget_after(step, ("load", "experts", "alert"))
             self._alerts = Alerts(self._config.alerts)
             self._alerts.take(read_kinds(self._sink.path, ("alert",)))
+
+    def stopped(self, error: NonfiniteLogitsError) -> None:
+        """Record what stops the run; it says so itself."""
+        self.settle()
+        if self._sink:
+            self._sink.write(nonfinite_record(error.layer, error.step))
 
     def release(self) -> None:
         """Stop counting."""

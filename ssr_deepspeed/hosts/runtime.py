@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 from ssr_deepspeed.collectives import host_groups, maximum_over
 from ssr_deepspeed.config import SSRConfig
-from ssr_deepspeed.hosts.finite import FiniteWatch
+from ssr_deepspeed.hosts.finite import FiniteWatch, NonfiniteLogitsError
 from ssr_deepspeed.hosts.monitoring import EngineMonitor, say
 from ssr_deepspeed.hosts.routers import Found
 from ssr_deepspeed.hosts.rules import RuleStates
@@ -95,17 +97,29 @@ class EngineRuntime:
 
     def before_step(self, engine: DeepSpeedEngine) -> None:
         """Stop, on all ranks, where router logits were not finite."""
-        if self._finite:
-            self._finite.before_step(engine.global_steps)
+        with self._told():
+            if self._finite:
+                self._finite.before_step(engine.global_steps)
         self._scale = _loss_scale(engine)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What stops the run stands in its records too."""
+        try:
+            yield
+        except NonfiniteLogitsError as error:
+            if self._monitor:
+                self._monitor.stopped(error)
+            raise
 
     def before_save(self, engine: DeepSpeedEngine) -> dict[str, Any]:
         """What a checkpoint is to hold beside the module's state.
 
         Stops, on all ranks, rather than save what logits that were not finite have spoilt.
         """
-        if self._finite:
-            self._finite.settle()
+        with self._told():
+            if self._finite:
+                self._finite.settle()
         saved = self._rules.save() if self._rules else {}
         return saved | {"monitor": self._monitor.before_save(engine.global_steps)} if self._monitor else saved
 

@@ -121,6 +121,9 @@ class Alerts:
 def sentence(record: Record) -> str:
     """An alert in words."""
     where = record["layer"] if record["expert"] is None else f"{record['layer']}, expert {record['expert']}"
+    if record["value"] is None:
+        begins = f"alert: {record['alert']} of {where} in step {record['since']}, which stopped the run"
+        return f"{begins}; try: {record['advice']}"
     sign = "<" if record["alert"] in _BELOW or record["alert"] == "dead_expert" else ">"
     figure = "load over the mean" if record["alert"] == "dead_expert" else record["alert"]
     if record["state"] == "cleared":
@@ -143,4 +146,20 @@ def _record(state: str, cause: _Cause, report: Record, since: int) -> Record:
         "value": cause.value,
         "threshold": cause.threshold,
         "advice": ADVICE[cause.kind],
+    }
+
+
+def nonfinite_record(layer: str, step: int) -> Record:
+    """The alert of logits that stop a run, in the passes of that step (steps taken before it)."""
+    return {
+        "kind": "alert",
+        "step": step,
+        "state": "raised",
+        "alert": "nonfinite",
+        "layer": layer,
+        "expert": None,
+        "since": step,
+        "value": None,
+        "threshold": None,
+        "advice": ADVICE["nonfinite"],
     }

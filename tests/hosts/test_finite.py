@@ -7,15 +7,18 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 import ssr_deepspeed
 import ssr_deepspeed.hosts.finite
+from ssr_deepspeed.monitor.alerts import sentence
+from ssr_deepspeed.monitor.records import RunLog
 from tests.gloo import run_ranks
 from tests.toy import WIDTH, ToyModel, build_engine
 
 
-def _spoil_one_pass(bad):
+def _spoil_one_pass(bad, path):
     """Train three steps of two micro-batches; on rank 1 one token of the third step's first is not finite."""
     ssr_deepspeed.install()
     rank = dist.get_rank()
-    engine = build_engine(ToyModel(2, rank), {"rule": "ssr", "probability": 0.5}, gradient_accumulation_steps=2)
+    block = {"rule": "ssr", "probability": 0.5, "monitor": {"path": path}}
+    engine = build_engine(ToyModel(2, rank), block, gradient_accumulation_steps=2)
     for step in range(3):
         for micro_batch in range(2):
             tokens = torch.randn(1, 8, WIDTH)
@@ -34,13 +37,19 @@ def _spoil_one_pass(bad):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_every_rank_stops_before_the_step_and_names_layer_and_rank(bad, tmp_path):
-    results = run_ranks(2, _spoil_one_pass, bad, folder=tmp_path)
+    path = tmp_path / "loads.jsonl"
+    results = run_ranks(2, _spoil_one_pass, bad, str(path), folder=tmp_path)
     assert results[0] == results[1]
     step, micro_batch, message, unchanged = results[0]
     assert (step, micro_batch) == (2, 1), "raised at the optimizer step, not within it"
     assert "layers.0.deepspeed_moe.gate were NaN or infinite on rank 1" in message
     assert "optimizer step 2" in message
     assert unchanged
+    (alert,) = RunLog(path).raised()
+    assert (alert["alert"], alert["layer"], alert["since"]) == ("nonfinite", "layers.0.deepspeed_moe.gate", 2)
+    assert sentence(alert).startswith(
+        "alert: nonfinite of layers.0.deepspeed_moe.gate in step 2, which stopped the run;"
+    )
 
 
 def _train_step(engine, bad=False):
