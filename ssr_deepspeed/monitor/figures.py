@@ -166,8 +166,7 @@ def summary(log: RunLog, train: list[Record], evaluation: list[Record], load: li
     if load:
         figures |= {f"{name} (last window)": text for name, text in _at_load(load[-1]).items()}
         figures["alerts that are not over"] = str(len(log.raised()))
-        if load[-1].get("time") is not None:
-            figures["last window written"] = f"{datetime.fromtimestamp(load[-1]['time'], UTC):%Y-%m-%d %H:%M:%S} UTC"
+        figures["last window written"] = _date(load[-1].get("time"))
     return figures
 
 
@@ -221,6 +220,14 @@ def _at_load(record: Record) -> dict[str, str]:
         "training MaxVio by layer": _numbers([layer.get("max_vio") for layer in layers]),
         "dropped routes by layer": _numbers([layer.get("drop_rate") for layer in layers], _percent),
     }
+
+
+def _date(seconds: float | None) -> str:
+    """Only told: clocks jump, and nothing is computed from them."""
+    try:
+        return "-" if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    except (ValueError, OverflowError, OSError):
+        return "-"
 
 
 def _number(value: float | None) -> str:

@@ -84,12 +84,12 @@ def map_is_that_of(browser, folder, step):
     """Every cell on the screen has the colour of its load, by another implementation of the colour map."""
     _, loads = lines_at(folder, step)
     x, y, _, _ = place(browser, "map")
-    left, wide, high = browser.js("[map.left, map.wide, map.high]")
+    left, wide, high, above = browser.js("[map.left, map.wide, map.high, ABOVE]")
     pixels = browser.pixels()
     for layer, row in enumerate(loads):
         for expert, load in enumerate(row):
             # Beside the middle, where a dead expert's cross would be.
-            found = pixels[int(y + (layer + 0.5) * high - 6), int(x + left + (expert + 0.5) * wide)]
+            found = pixels[int(y + above + (layer + 0.5) * high - 6), int(x + left + (expert + 0.5) * wide)]
             expected = np.array(matplotlib.colormaps["cividis"](min(load / 2, 1.0))[:3]) * 255
             assert np.abs(found - expected).max() <= 6, (layer, expert, load)
 
@@ -120,8 +120,8 @@ def test_pointer_and_arrow_keys_tell_layer_expert_and_load(browser, tmp_path):
     show(browser, tmp_path, folder)
     _, loads = lines_at(folder, 20)
     x, y, _, _ = place(browser, "map")
-    left, wide, high = browser.js("[map.left, map.wide, map.high]")
-    browser.point(x + left + 5.5 * wide, y + 1.5 * high)
+    left, wide, high, above = browser.js("[map.left, map.wide, map.high, ABOVE]")
+    browser.point(x + left + 5.5 * wide, y + above + 1.5 * high)
     assert text(browser, "cell").startswith("layer 1 (layers.1.gate), expert 5: load ")
     focus(browser, "map")
     browser.press("Home")

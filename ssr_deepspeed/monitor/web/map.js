@@ -8,6 +8,8 @@ const CIVIDIS = ("00224e 00285b 002e6a 053371 1a386f 273e6e 32436d 3b496c 434e6c
 const UNKNOWN = 65535, DEAD = 0.01, MISSING = "#d9d9d9";
 // The brightest colour is of this load and all above, so that the middle one is of an even load, in every run.
 const TOP = 2;
+// Room above the first row for half a label, in pixels.
+const ABOVE = 8;
 
 function cividis(share) {
   const at = Math.max(0, Math.min(1, share)) * (CIVIDIS.length - 1);
@@ -53,9 +55,9 @@ class HeatMap {
     context.font = "12px system-ui, sans-serif";
     const label = Math.max(...this.names.map(([name]) => context.measureText(name).width));
     this.left = Math.min(Math.ceil(label) + 10, Math.floor(width / 3));
-    this.high = Math.max(6, Math.min(26, Math.floor(420 / rows)));
+    this.high = Math.max(6, Math.min(26, Math.floor(576 / rows)));
     this.wide = Math.min(56, (width - this.left - 2) / frames.width);
-    this.height = rows * this.high;
+    this.height = ABOVE + rows * this.high;
     const ratio = window.devicePixelRatio || 1, height = this.height + 36;
     canvas.width = width * ratio;
     canvas.height = height * ratio;
@@ -72,13 +74,15 @@ class HeatMap {
   }
 
   paint(context, layer, expert) {
-    const load = this.frames.load(this.frame, layer, expert), gap = this.wide > 5 ? 1 : 0;
-    const x = this.left + expert * this.wide, y = layer * this.high;
+    const load = this.frames.load(this.frame, layer, expert);
+    const gap = Math.min(this.wide, this.high) >= 10 ? 1 : 0;
+    const x = this.left + expert * this.wide, y = ABOVE + layer * this.high;
     const crossed = load !== null && load < DEAD && this.wide >= 8 && this.high >= 8;
     context.fillStyle = load === null ? MISSING : load < DEAD && !crossed ? "#fff" : cividis(load / TOP);
-    context.fillRect(x, y, this.wide - gap + (gap ? 0 : 0.5), this.high - (this.high > 5 ? 1 : 0));
+    // Without gaps the next cell covers what is half a pixel too wide.
+    context.fillRect(x, y, this.wide + (gap ? -gap : 0.5), this.high - gap);
     if (!crossed) return;
-    const [a, b, r] = [x + (this.wide - gap) / 2, y + (this.high - 1) / 2, 3];
+    const [a, b, r] = [x + (this.wide - gap) / 2, y + (this.high - gap) / 2, 3];
     context.strokeStyle = "#fff";
     context.lineWidth = 1.5;
     context.beginPath();
@@ -94,7 +98,7 @@ class HeatMap {
     context.textAlign = "right";
     const every = Math.ceil(14 / this.high);
     this.names.forEach(([name], layer) => {
-      if (layer % every === 0) context.fillText(name, this.left - 6, (layer + 0.5) * this.high, this.left - 6);
+      if (layer % every === 0) context.fillText(name, this.left - 6, ABOVE + (layer + 0.5) * this.high, this.left - 6);
     });
     context.textAlign = "center";
     const step = [1, 2, 4, 8, 16, 32, 64, 128, 256].find((n) => n * this.wide >= 26) || 512;
@@ -106,7 +110,7 @@ class HeatMap {
 
   outline(context) {
     const [layer, expert] = this.cell;
-    const box = [this.left + expert * this.wide, layer * this.high, Math.max(4, this.wide), this.high];
+    const box = [this.left + expert * this.wide, ABOVE + layer * this.high, Math.max(4, this.wide), this.high];
     context.lineWidth = 4;
     context.strokeStyle = "#fff";
     context.strokeRect(...box);
@@ -127,7 +131,7 @@ class HeatMap {
   point(event) {
     if (!this.frames) return;
     const box = this.canvas.getBoundingClientRect();
-    const layer = Math.floor((event.clientY - box.top) / this.high);
+    const layer = Math.floor((event.clientY - box.top - ABOVE) / this.high);
     const expert = Math.floor((event.clientX - box.left - this.left) / this.wide);
     this.move(layer, expert);
   }

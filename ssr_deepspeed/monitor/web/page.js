@@ -105,7 +105,7 @@ function drawSummary() {
     labels.get(label)[i] = text;
   }));
   const row = (label, texts) => make("tr", {}, make("th", { scope: "row" }, label),
-    ...texts.map((text) => make("td", {}, text)));
+    ...texts.map((text) => make("td", {}, text.replaceAll(" %", "\u00a0%"))));
   region("summary", "Summary", table(["", ...names], [...labels].map(([label, texts]) => row(label, texts))));
   at("compared").hidden = data.runs.length < 2;
   if (data.runs.length < 2) return;
