@@ -7,7 +7,7 @@ export RANKS ?= 2
 # DeepSpeed compiles its operators with the ninja on the PATH: let it be the environment's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: pretrain test test-all test-hosts study study-quick lint setup clean
+.PHONY: pretrain chromium test test-all test-hosts study study-quick lint setup clean
 
 setup: $(VENV)/.installed
 
@@ -25,10 +25,18 @@ pretrain: setup
 	launch/pretrain.sh --config tiny_cpu --output $(RUNS)/softmax --overwrite --set deepspeed.ssr.rule=none --set steps=200
 	launch/pretrain.sh --config tiny_cpu --output $(RUNS)/ssr --overwrite --compare $(RUNS)/softmax
 
-test: setup
+# The tests that look at pages need a browser. As root it is installed; without it they are skipped.
+chromium:
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } > /dev/null \
+	  || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
+	    && { apt-get install -qq --no-install-recommends chromium || { apt-get update -qq \
+	      && apt-get install -qq --no-install-recommends chromium; }; } > /dev/null 2>&1; } \
+	  || echo "There is no Chromium, and it could not be installed: the browser tests will be skipped."
+
+test: setup chromium
 	$(BIN)/python -m pytest
 
-test-all: setup
+test-all: setup chromium
 	$(BIN)/python -m pytest -m ''
 
 # Older DeepSpeed versions, each beside the environment's own and with compiled operators of its own.

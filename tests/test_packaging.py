@@ -56,7 +56,8 @@ def test_a_wheel_holds_the_package_and_its_configurations_and_nothing_else(tmp_p
     names = zipfile.ZipFile(build_wheel(tmp_path)).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top.split("-")[0] for top in tops} == {"ssr_deepspeed"}
-    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ssr_deepspeed").rglob("*.py")}
+    files = (path for path in (ROOT / "ssr_deepspeed").rglob("*") if path.suffix in (".py", ".html", ".css", ".js"))
+    package = {path.relative_to(ROOT).as_posix() for path in files}
     assert package <= set(names)
     shipped = {name.split("/configs/")[1] for name in names if "/configs/" in name}
     assert shipped == {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.json")}
@@ -82,6 +83,10 @@ def test_a_wheel_in_an_environment_without_the_checkout_passes_a_smoke_test(tmp_
         [home / "bin" / "ssr-pretrain", "--help"], capture_output=True, text=True, check=True
     ).stdout
     assert "--config" in help_text
+    records = tmp_path / "load.jsonl"
+    records.write_text('{"kind":"load","step":1,"steps":1,"model":{},"layers":{}}\n')
+    subprocess.run([home / "bin" / "ssr-monitor", "report", records], check=True)
+    assert "</html>" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from ssr_deepspeed.config import AlertConfig
-from ssr_deepspeed.monitor.metrics import DEAD_BELOW
+from ssr_deepspeed.monitor.names import DEAD_BELOW
 
 Record = dict[str, Any]
 
@@ -137,12 +137,12 @@ def sentence(record: Record) -> str:
 def _record(state: str, cause: _Cause, report: Record, since: int) -> Record:
     return {
         "kind": "alert",
+        "step": report["step"],
         "state": state,
         "alert": cause.kind,
         "layer": cause.layer,
         "expert": cause.expert,
         "since": since,
-        "step": report["step"],
         "value": cause.value,
         "threshold": cause.threshold,
         "advice": ADVICE[cause.kind],

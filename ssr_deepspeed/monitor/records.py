@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,7 @@ class RunLog:
         if not self.file.is_file():
             raise ValueError(f"{path} holds no run: there is no {self.file}")
         self.name = (path if path.is_dir() else path.with_suffix("")).resolve().name
-        self.damaged = 0
-        """Lines that are no record."""
+        self._damaged: set[int] = set()
         self._lines: list[_Line] = []
         self._last: dict[str, int] = {}
         self._read_to = 0
@@ -57,16 +57,24 @@ class RunLog:
 
     @property
     def config(self) -> Record:
-        """The run's resolved configuration; empty where it has none beside its records."""
-        file = self.file.parent / CONFIG
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        """The run's resolved configuration; empty where it has none, or none that can be read, beside its records."""
+        try:
+            found = json.loads((self.file.parent / CONFIG).read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def damaged(self) -> int:
+        """Lines found so far that are no record."""
+        return len(self._damaged)
 
     def refresh(self) -> bool:
         """Read what was appended since; whether there was anything. A file that was cut or replaced is read anew."""
         now = self.file.stat()
         if now.st_size < self._read_to or now.st_ino != self._inode:
             self._inode = now.st_ino
-            self._lines, self._last, self._read_to, self.damaged = [], {}, 0, 0
+            self._lines, self._last, self._read_to, self._damaged = [], {}, 0, set()
         before = self._read_to
         with self.file.open("rb") as file:
             file.seek(self._read_to)
@@ -81,16 +89,22 @@ class RunLog:
         """The steps that have a record of that kind."""
         return [line.step for line in self._lines if line.kind == kind]
 
-    def records(self, kind: str, most: int | None = None) -> list[Record]:
-        """The records of that kind in the order of their steps, at most so many, evenly chosen, the last among them."""
-        lines = [line for line in self._lines if line.kind == kind]
+    def records(self, kind: str, most: int | None = None, steps: Collection[int] | None = None) -> list[Record]:
+        """The records of that kind in the order of their steps.
+
+        Args:
+            kind: of the records.
+            most: at most so many, evenly chosen, the last among them.
+            steps: only those of these steps.
+        """
+        lines = [line for line in self._lines if line.kind == kind and (steps is None or line.step in steps)]
         if most is not None and len(lines) > most:
             lines = [lines[len(lines) - 1 - (len(lines) - 1) * i // (most - 1)] for i in reversed(range(most))]
         return self._parse(lines)
 
     def loads(self, step: int) -> list[list[float | None]] | None:
         """Load over the mean of every layer's experts in the window that ended at that step."""
-        for record in self._parse([line for line in self._lines if (line.kind, line.step) == ("experts", step)]):
+        for record in self.records("experts", steps={step}):
             return record["load_over_mean"]
         return None
 
@@ -107,7 +121,8 @@ class RunLog:
     def _index(self, line: bytes, offset: int) -> None:
         found = _BEGINNING.match(line)
         if found is None or not line.rstrip().endswith(b"}"):
-            self.damaged += bool(line.strip())
+            if line.strip():
+                self._damaged.add(offset)
             return
         kind, step = found[1].decode(), int(found[2])
         if kind in _ONCE:
@@ -123,7 +138,7 @@ class RunLog:
             for line in lines:
                 file.seek(line.offset)
                 try:
-                    records.append(json.loads(file.read(line.length)))
+                    records.append(json.loads(file.read(line.length), parse_constant=lambda _: None))
                 except ValueError:  # damaged between its ends
-                    self.damaged += 1
+                    self._damaged.add(line.offset)
         return records

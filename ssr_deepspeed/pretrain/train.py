@@ -26,7 +26,8 @@ from ssr_deepspeed.collectives import gather_objects
 from ssr_deepspeed.files import replace_text
 from ssr_deepspeed.hosts.engine import initialize
 from ssr_deepspeed.monitor.metrics import finite
-from ssr_deepspeed.monitor.report import read_run, write_report
+from ssr_deepspeed.monitor.records import RunLog
+from ssr_deepspeed.monitor.report import write_report
 from ssr_deepspeed.monitor.sinks import JsonLines, keep_records, read_json_lines
 from ssr_deepspeed.pretrain import checkpoint, data
 from ssr_deepspeed.pretrain.config import ModelConfig, RunConfig
@@ -76,7 +77,7 @@ class Run:
     def _claim_folder(self, existing: Existing) -> None:
         """Rank 0's part before the engine is built: make the folder this run's."""
         for folder in self.compare:
-            read_run(folder)
+            RunLog(folder)  # says so where there is none
         resolved = self.config.to_dict()
         file = self.folder / "config.json"
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,8 @@ import pytest
 
 from ssr_deepspeed.config import AlertConfig, SSRConfig
 from ssr_deepspeed.monitor.alerts import ADVICE, Alerts, sentence
+from ssr_deepspeed.monitor.records import RunLog
+from ssr_deepspeed.monitor.sinks import JsonLines
 
 GOOD = {
     "drop_rate": 0.0,
@@ -84,3 +86,14 @@ def test_thresholds_are_the_configurations_and_none_is_silent():
         SSRConfig.from_dict({"monitor": {"alerts": {"dead_windows": -1}}})
     with pytest.raises(ValueError, match=r"did you mean 'drop_rate'"):
         SSRConfig.from_dict({"monitor": {"alerts": {"drop_rat": 1}}})
+
+
+def test_readers_of_the_records_find_what_is_raised(tmp_path):
+    alerts, sink = Alerts(AlertConfig()), JsonLines(tmp_path / "metrics.jsonl")
+    for record in alerts.judge(report(10, drop_rate=0.5, max_vio=3.0)) + alerts.judge(report(20, max_vio=3.0)):
+        sink.write(record)
+    sink.close()
+    log = RunLog(tmp_path)
+    assert log.damaged == 0
+    assert log.raised() == alerts.raised
+    assert kinds(log.raised()) == [("raised", "max_vio", "a", None, 0)]

@@ -1,126 +1,212 @@
+import base64
 import json
 import re
+import subprocess
+import sys
+import time
 
+import numpy as np
 import pytest
 
-from ssr_deepspeed.monitor.report import read_run, transport_share, write_report
-from ssr_deepspeed.monitor.sinks import JsonLines, keep_records, read_json_lines
+from ssr_deepspeed.monitor.__main__ import main
+from ssr_deepspeed.monitor.figures import transport_share
+from ssr_deepspeed.monitor.names import METRICS
+from ssr_deepspeed.monitor.sinks import JsonLines, keep_records, load_records, read_json_lines
+from tests.monitor.records import load_report, routes, write_load, write_run
 
 
-def load_record(step, shares, transport=0.0):
-    layers = {
-        f"layers.{i}.gate": {
-            "max_vio": max(share) * len(share) - 1,
-            "max_vio_window": 0.1,
-            "min_vio": -0.2,
-            "cv": 0.3,
-            "effective_experts": 0.9,
-            "dead_share": 0.0,
-            "drop_rate": 0.05,
-            "transport_share": transport,
-            "column_error": None,
-            "load": share,
-        }
-        for i, share in enumerate(shares)
-    }
-    return {"kind": "load", "step": step, "steps": 5, "layers": layers}
+def data_of(file):
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', file.read_text(), re.DOTALL)
+    return json.loads(text)
 
 
-def write_run(folder, name, steps, final_bits=2.5):
-    home = folder / name
-    sink = JsonLines(home / "metrics.jsonl")
-    for step in range(5, steps + 1, 5):
-        sink.write(load_record(step, [[0.4, 0.3, 0.2, 0.1], [0.25] * 4], transport=1.0 if step == 5 else 0.0))
-        sink.write({"kind": "train", "step": step, "tokens": step * 100, "loss": 5 - step / 10, "learning_rate": 1e-3,
-                    "gradient_norm": None, "tokens_per_second": 1000.0, "seconds": step})  # fmt: skip
-        sink.write({"kind": "evaluation", "step": step, "final": False, "bits_per_byte": 4 - step / 10,
-                    "nats_per_token": 3 - step / 10, "tokens": 99, "max_vio": [0.6, 0.0]})  # fmt: skip
-    sink.write({"kind": "evaluation", "step": steps, "final": True, "bits_per_byte": final_bits,
-                "nats_per_token": 1.7, "tokens": 12345, "max_vio": [0.61, 0.02]})  # fmt: skip
+def report(tmp_path, *runs):
+    assert main(["report", *map(str, runs), "-o", str(tmp_path / "report.html")]) == 0
+    return data_of(tmp_path / "report.html")
+
+
+def loads_of(frames):
+    """Load of every frame, layer by layer, as the page's script decodes it."""
+    whole = np.frombuffer(base64.b64decode(frames["loads"]), "<u2").reshape(len(frames["places"]), -1)
+    return np.where(whole == 65535, np.nan, whole / frames["scale"])
+
+
+def test_the_page_holds_the_records_own_figures_and_needs_nothing_else(tmp_path):
+    folder = write_run(tmp_path / "mine", 20)
+    (run,) = report(tmp_path, folder)["runs"]
+    figures = dict(run["summary"])
+    assert figures["held-out bits per byte"] == "2.500 (12,345 tokens)"
+    assert figures["held-out MaxVio by layer"] == "0.61, 0.02"
+    assert figures["training tokens"] == "2,000"
+    assert figures["training loss (last record)"] == "3.000 nats"
+    lines = read_json_lines(folder / "metrics.jsonl")
+    windows = [line for line in lines if line["kind"] == "load"]
+    assert run["windows"] == [5, 10, 15, 20]
+    assert run["layers"] == list(windows[0]["layers"])
+    for metric in METRICS:
+        for place, window in enumerate(windows):
+            by_layer = [one[metric] for one in window["layers"].values()]
+            assert [row[place] for row in run["by_layer"][metric]] == by_layer
+            assert run["model"][metric]["mean"][place] == window["model"][metric]["mean"]
+            worst = window["layers"][run["layers"][run["model"][metric]["layer"][place]]][metric]
+            assert run["model"][metric]["worst"][place] == worst
+    for loads, step in zip(loads_of(run["frames"]), run["windows"], strict=True):
+        counts = [np.array(routes(step, layer, width)) for layer, width in enumerate((8, 8, 4))]
+        np.testing.assert_allclose(loads, np.concatenate([one / one.mean() for one in counts]), atol=6e-4)
+    assert not re.search(r"(src|href|url)\s*[=(]\s*[\"']?(https?:)?//", (tmp_path / "report.html").read_text())
+
+
+def test_runs_are_compared_at_the_last_step_that_all_have(tmp_path):
+    runs = [write_run(tmp_path / "a" / "run", 20), write_run(tmp_path / "b" / "run", 10)]
+    data = report(tmp_path, *runs)
+    assert [run["name"] for run in data["runs"]] == list(map(str, runs))
+    rows = {row["figure"]: (row["step"], row["values"]) for row in data["comparison"]}
+    assert rows["training loss"] == (10, ["4.000 nats"] * 2)
+    assert rows["held-out bits per byte (part)"] == (10, ["3.000 (99 tokens)"] * 2)
+    assert "held-out bits per byte" not in rows
+    assert report(tmp_path, runs[0])["comparison"] == []
+
+
+def test_a_run_without_training_records_or_without_monitor_still_has_a_page(tmp_path):
+    (run,) = report(tmp_path, write_load(tmp_path / "load", (0, 10)) / "metrics.jsonl")["runs"]
+    assert (run["name"], run["config"], run["train"]["step"], run["windows"]) == ("metrics", {}, [], [5, 10])
+    folder = write_run(tmp_path / "mine", 5)
+    keep_records(folder / "metrics.jsonl", lambda record: record["kind"] == "train")
+    (run,) = report(tmp_path, folder)["runs"]
+    assert (run["windows"], run["layers"], run["by_layer"], run["train"]["loss"]) == ([], [], {}, [4.5])
+
+
+def test_a_resumed_run_with_a_half_written_line_shows_each_window_once(tmp_path):
+    folder = write_load(tmp_path / "run", (0, 20))
+    write_load(folder, (10, 25), seed=1)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind":"load","step":30,"ste')
+    (run,) = report(tmp_path, folder)["runs"]
+    assert run["windows"] == [5, 10, 15, 20, 25]
+    seeds = [load_report(step, [[1, 2]], seed=int(step > 10)) for step in run["windows"]]
+    assert run["by_layer"]["cv"][0] == [one["layers"]["layers.0.gate"]["cv"] for one in seeds]
+
+
+def test_loads_that_are_unknown_or_large_or_of_another_model_are_kept_apart(tmp_path):
+    sink = JsonLines(tmp_path / "run" / "metrics.jsonl")
+    one_expert = [1] + [0] * 255
+    for step, loads in ((5, [[1, 2]]), (10, [one_expert, [1] * 8]), (15, [[1] * 256, [3] + [1] * 7])):
+        for record in load_records(load_report(step, loads)):
+            if step == 15 and record["kind"] == "experts":
+                record["load_over_mean"][1][0] = None
+            sink.write(record)
     sink.close()
-    (home / "config.json").write_text(json.dumps({"data": {"sequence_length": 64}, "deepspeed": {}}))
-    return home
+    (run,) = report(tmp_path, tmp_path / "run")["runs"]
+    assert run["windows"] == [5, 10, 15]
+    assert run["frames"]["places"] == [1, 2]
+    assert run["frames"]["experts"] == [256, 8]
+    loads = loads_of(run["frames"])
+    assert loads[0, 0] == pytest.approx(256, abs=0.1)
+    assert np.isnan(loads[1, 256])
+    assert loads[1, 0] == 1
 
 
-def cells(page):
-    rows = re.findall(r"<tr><th scope='row'>(.*?)</th>(.*?)</tr>", page)
-    return {name: re.findall(r"<td>(.*?)</td>", rest) for name, rest in rows}
+def test_clocks_that_jump_change_nothing_but_the_time_that_is_told(tmp_path):
+    sink = JsonLines(tmp_path / "run" / "metrics.jsonl")
+    for step, clock, date in (
+        (5, 1.8e9, "2027-01-15 08:00:00 UTC"),
+        (10, 1e9, "2001-09-09 01:46:40 UTC"),
+        (15, 1e300, "-"),
+    ):
+        for record in load_records({**load_report(step, [[1, 2]]), "time": clock}):
+            sink.write(record)
+        (run,) = report(tmp_path, tmp_path / "run")["runs"]
+        assert run["windows"] == list(range(5, step + 1, 5))
+        assert dict(run["summary"])["last window written"] == date
+    sink.close()
 
 
-def test_the_page_shows_the_runs_own_figures_and_needs_nothing_else(tmp_path):
-    page = write_report(write_run(tmp_path, "mine", 20)).read_text()
-    found = cells(page)
-    assert found["held-out bits per byte"] == ["2.500 (12,345 tokens)"]
-    assert found["held-out MaxVio by layer"] == ["0.61, 0.02"]
-    assert found["training MaxVio by layer (last window)"] == ["0.60, 0.00"]
-    assert found["share of transport steps"] == ["25.0 %"]
-    assert found["training tokens"] == ["2,000"]
-    assert page.count("<svg") == 2
-    assert not re.search(r"(src|href)\s*=\s*[\"'](https?:)?//", page)
+def alert(step, state, expert=None):
+    return {"kind": "alert", "step": step, "state": state, "alert": "max_vio", "layer": "a", "expert": expert,
+            "since": step - 5, "value": 3.0, "threshold": 2.0, "advice": "balance"}  # fmt: skip
+
+
+def test_alerts_are_listed_once_the_open_ones_first(tmp_path):
+    folder = write_load(tmp_path / "run", (0, 5))
+    sink = JsonLines(folder / "metrics.jsonl")
+    for record in (alert(5, "raised"), alert(10, "raised", 3), alert(15, "cleared"), alert(20, "raised", 4)):
+        sink.write(record)
+    sink.close()
+    (run,) = report(tmp_path, folder)["runs"]
+    assert [(row["expert"], row["over"]) for row in run["alerts"]] == [(4, None), (3, None), (None, 15)]
+    assert dict(run["summary"])["alerts that are not over"] == "2"
+
+
+def test_names_cannot_become_markup(tmp_path):
+    hostile = "</script><img src=x onerror=alert(1)>"
+    folder = write_load(tmp_path / "run", (0, 5), layer=hostile + ".{}")
+    (run,) = report(tmp_path, folder)["runs"]
+    assert run["layers"][0] == hostile + ".0"
+    assert "<img" not in (tmp_path / "report.html").read_text()
+
+
+def test_pictures_are_written_on_request(tmp_path):
+    folder = write_run(tmp_path / "$mine$", 10)
+    assert main(["report", str(folder), "--png", str(tmp_path / "png")]) == 0
+    assert (folder / "report.html").exists()
     for name in ("loss.png", "load.png"):
-        assert (tmp_path / "mine" / name).read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "png" / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_runs_are_compared_at_the_last_step_that_both_have(tmp_path):
-    mine, other = write_run(tmp_path, "mine", 20), write_run(tmp_path, "other", 10)
-    page = write_report(mine, [other]).read_text()
-    part = page[page.index("At step 10") : page.index("<h2>Loss")]
-    found = cells(part)
-    assert found["training loss"] == ["4.000 nats"] * 2
-    assert found["held-out bits per byte"] == ["3.000 (99 tokens)"] * 2
+def test_the_command_refuses_a_folder_without_a_run_and_starts_without_torch(tmp_path):
+    code = (
+        "import sys; from ssr_deepspeed.monitor.__main__ import main; status = main(sys.argv[1:]); "
+        "assert not {'torch', 'matplotlib'} & set(sys.modules); sys.exit(status)"
+    )
+    for command in ("report", "serve"):
+        result = subprocess.run(
+            [sys.executable, "-c", code, command, str(tmp_path)], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 1
+        assert result.stderr.startswith(f"ssr-monitor: {tmp_path} holds no run")
+        assert result.stderr.count("\n") == 1
 
 
-def test_names_are_escaped(tmp_path):
-    page = write_report(write_run(tmp_path, "<script>alert(1)</script>", 5)).read_text()
-    assert "<script>" not in page
+def write_many(file, windows, layers, experts):
+    """A long run from one window's records, whose steps alone differ."""
+    report, loads = load_records(load_report(0, [routes(0, layer, experts) for layer in range(layers)]))
+    tails = [json.dumps(record, separators=(",", ":")).split('"step":0', 1)[1] for record in (report, loads)]
+    with file.open("w") as out:
+        for step in range(1, windows + 1):
+            out.write(f'{{"kind":"load","step":{step}{tails[0]}\n{{"kind":"experts","step":{step}{tails[1]}\n')
 
 
-def test_a_run_without_monitor_or_evaluation_still_has_a_report(tmp_path):
-    home = write_run(tmp_path, "mine", 5)
-    kept = [record for record in read_json_lines(home / "metrics.jsonl") if record["kind"] == "train"]
-    (home / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
-    assert "The load monitor was off" in write_report(home).read_text()
+def many(tmp_path, windows, layers, experts):
+    write_many(tmp_path / "metrics.jsonl", windows, layers, experts)
+    began = time.process_time()  # of this process: the machine may have other work
+    (run,) = report(tmp_path, tmp_path)["runs"]
+    seconds, size = time.process_time() - began, (tmp_path / "report.html").stat().st_size
+    return run, seconds, size
 
 
-@pytest.mark.parametrize(
-    ("remove", "words"), [("config.json", "no config.json"), ("metrics.jsonl", "no metrics.jsonl")]
-)
-def test_a_folder_without_a_run_is_refused(tmp_path, remove, words):
-    home = write_run(tmp_path, "mine", 5)
-    (home / remove).unlink()
-    with pytest.raises(ValueError, match=words):
-        read_run(home)
+def test_a_long_run_is_shown_in_part_with_its_last_window(tmp_path):
+    run, _, size = many(tmp_path, 3000, 2, 64)
+    assert len(run["windows"]) == 1000
+    assert run["windows"][-1] == 3000
+    assert run["windows"] == sorted(set(run["windows"]))
+    assert run["notes"] == ["1,000 of 3,000 windows are shown, evenly chosen, the last among them."]
+    assert run["frames"]["places"][-1] == 999
+    assert size < 2_000_000
 
 
-def test_a_half_written_last_line_is_left_out_and_any_other_is_an_error(tmp_path):
-    file = tmp_path / "x.jsonl"
-    file.write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    assert read_json_lines(file) == [{"step": 1}, {"step": 2}]
-    file.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
-        read_json_lines(file)
-
-
-def test_a_half_written_last_line_does_not_spoil_what_comes_after(tmp_path):
-    file = tmp_path / "x.jsonl"
-    file.write_text('{"step": 1}\n{"ste')
-    sink = JsonLines(file)
-    sink.write({"step": 2})
-    sink.close()
-    assert read_json_lines(file) == [{"step": 1}, {"step": 2}]
-
-
-def test_records_that_are_not_wanted_are_dropped(tmp_path):
-    file = tmp_path / "x.jsonl"
-    keep_records(file, lambda record: record["step"] <= 2)
-    assert not file.exists()
-    file.write_text("".join(f'{{"step": {step}}}\n' for step in (1, 2, 3)) + '{"st')
-    keep_records(file, lambda record: record["step"] <= 2)
-    assert read_json_lines(file) == [{"step": 1}, {"step": 2}]
+@pytest.mark.slow
+def test_ten_thousand_windows_of_64_layers_with_256_experts(tmp_path):
+    run, seconds, size = many(tmp_path, 10_000, 64, 256)
+    print(f"{seconds:.1f} s, {size / 1e6:.1f} MB")
+    assert run["windows"][-1] == 10_000
+    assert len(run["windows"]) == 1000
+    assert 100 <= len(run["frames"]["places"]) <= 200
+    assert seconds < 20
+    assert size < 30e6
 
 
 def test_the_transport_share_weighs_windows_by_their_steps():
-    first, second = load_record(30, [[0.5, 0.5]], 1.0), load_record(40, [[0.5, 0.5]], 0.0)
+    first, second = (load_report(step, [[1, 1]], transport_share=share) for step, share in ((30, 1.0), (40, 0.0)))
     first["steps"], second["steps"] = 30, 10
     assert transport_share([first, second]) == 0.75
     assert transport_share([]) is None
