@@ -217,7 +217,7 @@ def _release_earlier(model: nn.Module) -> dict[nn.Module, RouterState]:
     modules = set(model.modules())
     states: dict[nn.Module, RouterState] = {}
     for owner, runtime in list(_runtimes.items()):
-        if not modules.isdisjoint(found.module for found in runtime.gates.values()):
+        if not modules.isdisjoint(runtime.gates.values()):
             states.update({router: router.ssr for router in runtime.routers()})
             runtime.release()
             del _runtimes[owner]
