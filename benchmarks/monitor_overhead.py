@@ -5,9 +5,10 @@
 
 Hosts: `deepspeed.moe.layer.MoE` with `SSRGate` and with plain `TopKGate`, and a plain Qwen3-MoE of transformers that
 nothing but the monitor touches. Timed are the forward hooks, among them the one that reads `attention_mask`, and what
-the engine calls at the end of a step. Figures are medians: the share of the step, and microseconds a layer and step,
-of ordinary steps, of a window's first, where a closer look is taken at every layer, and of its last, where the window
-is reduced and reported. The counting of routes where a host does not say them is in the hooks, on the same thread.
+the engine calls at the end of a step; kernels run on the same thread, so theirs is in it. Figures are medians: the
+share of the step, and microseconds a layer and step, of ordinary steps, of a window's first, where a closer look is
+taken at every layer, and of its last, where the window is reduced and reported. Beside them the mean of all steps, and
+what as many calls of an empty function cost after the same work: that much of the figures is the clock and cold caches.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     start_process_group()
-    columns = ("host", "layers", "step (ms)", "share (%)", "us a layer", "first step", "last step")
+    columns = ("host", "layers", "step (ms)", "share (%)", "us a layer", "empty", "first step", "last step", "mean")
     print("\n".join([row(*columns), "|" + "---|" * len(columns)]))
     for host in options.hosts:
         for layers in options.layers:
             figures = measure(host, layers, options.steps, options.interval, options.tokens)
-            cells = (f"{figures[name]:.1f}" for name in ("microseconds", "first", "last"))
+            cells = (f"{figures[name]:.1f}" for name in ("microseconds", "empty", "first", "last", "mean"))
             print(row(host, str(layers), f"{1e3 * figures['step']:.0f}", f"{100 * figures['share']:.2f}", *cells))
             if options.json:
                 with options.json.open("a") as lines:
@@ -64,11 +65,13 @@ def measure(host: str, layers: int, steps: int, interval: int, tokens: int) -> d
 
     Returns:
         `step`: seconds of a step; `share`: of the monitor's calls in it; `microseconds`, `first` and `last`: of
-        these calls a layer, in ordinary steps and in the first and last ones of a window.
+        these calls a layer, in ordinary steps and in the first and last ones of a window; `mean`: over all steps;
+        `empty`: microseconds of an empty function.
     """
     engine, batch = _engine(host, layers, interval, tokens)
-    clock = _Clock()
+    clock, empty = _Clock(), _Clock()
     clock.watch(engine)
+    nothing = empty.timed(lambda: None)
     seconds, calls = [], []
     warmup = interval
     for step in range(warmup + steps):
@@ -77,6 +80,7 @@ def measure(host: str, layers: int, steps: int, interval: int, tokens: int) -> d
         loss = engine(**inputs).loss
         engine.backward(loss)
         engine.step()
+        nothing()
         seconds.append(time.perf_counter() - began)
         calls.append(clock.seconds)
     close_engine(engine)
@@ -91,6 +95,8 @@ def measure(host: str, layers: int, steps: int, interval: int, tokens: int) -> d
         "microseconds": median(lambda place: 0 < place < interval - 1),
         "first": median(lambda place: place == 0),
         "last": median(lambda place: place == interval - 1),
+        "mean": 1e6 / layers * statistics.mean(calls[step] for step in timed),
+        "empty": 1e6 * empty.seconds / (warmup + steps),
     }
 
 

@@ -17,7 +17,7 @@ from deepspeed.moe.sharded_moe import TopKGate
 from torch import Tensor, nn
 
 from ssr_deepspeed.gate import SSRGate
-from ssr_deepspeed.monitor import LoadMonitor, Pass, Sample, sample_pass
+from ssr_deepspeed.monitor import LoadMonitor, Pass, Sample, recomputes, sample_pass
 
 
 def find_gates(model: nn.Module) -> dict[str, TopKGate]:
@@ -38,7 +38,7 @@ def count_routes(gate: TopKGate, monitor: LoadMonitor, layer: int) -> torch.util
     """Have `monitor` count every training pass of a gate, `SSRGate` or plain `TopKGate`."""
 
     def hook(module: TopKGate, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        if not module.training:
+        if not module.training or recomputes():
             return
         ssr = module.ssr if isinstance(module, SSRGate) else None
         capacity = output[1] if len(output) == 7 else output[1].shape[2]
