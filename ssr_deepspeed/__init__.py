@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "SSRCallback": "ssr_deepspeed.hosts.trainer",
     "SSRConfig": "ssr_deepspeed.config",
     "SSRGate": "ssr_deepspeed.gate",
     "initialize": "ssr_deepspeed.hosts.engine",

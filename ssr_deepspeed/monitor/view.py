@@ -29,6 +29,8 @@ _FIGURES = (
     ("transport_share", "transp.", 7, lambda value: f"{100 * value:.0f}%"),
 )
 _FIGURES_WIDTH = sum(1 + width for _, _, width, _ in _FIGURES)
+# Itself, an alert, the headings, the worst layer and how many others there are.
+_HEIGHT_OF_RUN = 5
 # Less has room for a line about the run and its worst layers, and not for the experts too.
 _HEIGHT_OF_EXPERTS = 8
 
@@ -36,10 +38,12 @@ _HEIGHT_OF_EXPERTS = 8
 def draw(runs: Sequence[Watched], width: int, height: int | None, now: float, blocks: bool) -> Text:
     """One frame of at most so many columns and lines."""
     lines: list[Text] = []
-    shown = len(runs) if height is None else max(1, min(len(runs), height // 4))
+    shown = len(runs)
+    if height is not None and shown * _HEIGHT_OF_RUN > height:
+        shown = max(1, (height - 1) // _HEIGHT_OF_RUN)
     for index, run in enumerate(runs[:shown]):
         left = None if height is None else (height - len(lines) - (shown < len(runs))) // (shown - index)
-        lines += _run(run, width, left, now, BLOCKS if blocks else ASCII)
+        lines += _run(run, width, left, now, BLOCKS if blocks else ASCII)[:left]
     if shown < len(runs):
         lines.append(Text(f"and {len(runs) - shown} more runs: a higher window shows them", "dim"))
     for line in lines:
