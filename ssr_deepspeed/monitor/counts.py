@@ -274,10 +274,16 @@ class LoadMonitor:
         if saved is None or saved["key"] != key or saved["first_step"] is None:
             return
         self._first_step, self._row = saved["first_step"], len(saved["steps"])
+        rest = self._buffer[self._sizes[0] :]
+        same_ranks = len(rest) == len(saved["rest"])
+        if same_ranks:
+            sampled_LX = saved["rest"][: self._sizes[1]].view(self._shapes["sampled"])
+            # A closer look is not taken again; where there was a transport pass, it was at one.
+            seen, solved = sampled_LX[:, SAMPLED - 1] > 0, saved["steps"][..., 1 - _EXTRA].sum(0) > 0
+            self._sampled = {layer: bool(solved[layer]) for layer in seen.nonzero().flatten().tolist()}
         if self._rank == 0:  # the others' counts are in it
             self._parts["steps"][: self._row] = saved["steps"]
-            rest = self._buffer[self._sizes[0] :]
-            if len(rest) == len(saved["rest"]):
+            if same_ranks:
                 rest.copy_(saved["rest"])
                 self._parts["present"].zero_()  # every rank says so again
 
