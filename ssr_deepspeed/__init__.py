@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "SSRCallback": "ssr_deepspeed.hosts.trainer",
     "SSRConfig": "ssr_deepspeed.config",
     # Through the hosts, which look at DeepSpeed's version first.
     "SSRGate": "ssr_deepspeed.hosts.routers",

@@ -13,7 +13,7 @@ from ssr_deepspeed.config import SSRConfig
 from ssr_deepspeed.gate import SSRGate
 from ssr_deepspeed.hosts import deepspeed_moe, inspection
 from ssr_deepspeed.monitor import LoadMonitor, Pass, Sample, sample_pass
-from ssr_deepspeed.router import Router, has_own_forward
+from ssr_deepspeed.router import Router, has_own_forward, recomputes
 from ssr_deepspeed.routing import asked_routes, routes_of_each
 from ssr_deepspeed.token_router import HostContract, Padding, TokenRouter, refusal
 
@@ -61,26 +61,26 @@ class Found:
         contract = self.contract
 
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-            if not module.training:
+            if not module.training or recomputes():
                 return
-            indices_TK = output[contract.indices_at].long()
-            mask = padding.mask(len(indices_TK))
-            used_T = None if mask is None else mask.reshape(-1) != 0
             ssr = module.ssr if isinstance(module, TokenRouter) else None
-            if ssr is not None and ssr.demand_E is not None:
-                demand_E = ssr.demand_E
-            else:
-                demand_E = routes_of_each(indices_TK, asked_routes(indices_TK, used_T), contract.experts)
+            solution, indices_TK = None if ssr is None else ssr.solution, output[contract.indices_at]
             # These hosts drop nothing.
-            counted = Pass(demand_E, solution=None if ssr is None else ssr.solution)
-            monitor.add(layer, counted)
+            if ssr is not None and ssr.demand_E is not None:
+                monitor.add(layer, Pass(ssr.demand_E, solution=solution))
+            else:
+                monitor.add_routes(layer, indices_TK, padding.asked(indices_TK), solution)
 
             def look() -> Sample | None:
                 logits_TE = contract.logits_of(module, inputs[0], output)
+                if logits_TE is None:
+                    return None
                 potential = None if ssr is None else ssr.largest_potential()
-                return None if logits_TE is None else sample_pass(logits_TE, indices_TK, demand_E, used_T, potential)
+                used_T = padding.used(len(indices_TK))
+                demand_E = routes_of_each(indices_TK.long(), asked_routes(indices_TK, used_T), contract.experts)
+                return sample_pass(logits_TE, indices_TK.long(), demand_E, used_T, potential)
 
-            monitor.sample(layer, counted.solution is not None, look)
+            monitor.sample(layer, solution is not None, look)
 
         return self.module.register_forward_hook(hook)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ssr_deepspeed.monitor import report, serve
+from ssr_deepspeed.monitor import report, serve, watch
 
 _COMMANDS = {
     "report": (report, "write a self-contained HTML page"),
     "serve": (serve, "show the page in a browser while the run goes on"),
+    "watch": (watch, "show runs in this terminal while they go on"),
 }
 
 

@@ -1,18 +1,19 @@
 """Counting routes on the device.
 
-A training pass leaves what its router has counted in a list; at the optimizer step's end the lists of all layers are
-added to one preallocated buffer in a few operations, whatever the number of layers. Nothing is read by the host
-until an interval ends: then one all-reduce of the whole buffer and one copy bring it over for all layers together. On
-an accelerator the copy runs beside the next step, after which it is read. Evaluation is not counted, nor is the
+A training pass leaves what its router has counted in a list; passes of all layers, and of several steps where
+they are few, are added to one preallocated buffer together, in a few operations. Nothing is read by the host until
+an interval ends: then one all-reduce of the whole buffer and one copy bring it over for all layers together. On an
+accelerator the copy runs beside the next step, after which it is read. Evaluation is not counted, nor is the
 recomputation of activation checkpointing, nor padding (hosts report demand without it).
 
 Shapes: W steps of a window, G micro-batches of a step, L layers of the whole model, E experts (of the widest layer),
-R ranks.
+R ranks, T tokens, K choices a token, N passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,9 +24,14 @@ from torch import Tensor
 from ssr_deepspeed.collectives import to_host
 from ssr_deepspeed.monitor.sample import SAMPLED, Sample
 from ssr_deepspeed.ot import Solution
+from ssr_deepspeed.router import recomputes
 
 # Behind demand and dispatch in a step's row: passes, transport passes and, of those, column error, sweeps, cap hits.
 _EXTRA = 5
+# Passes that wait to be added together. One operation costs as much for many as for one.
+_AT_ONCE = 128
+# Routes whose indices wait to be counted together: 8 MiB.
+_MOST_ROUTES = 2**20
 
 
 class Pass(NamedTuple):
@@ -35,8 +41,8 @@ class Pass(NamedTuple):
     """int64, routes that experts were asked to take, without padding."""
     dispatched_E: Tensor | None = None
     """int64, routes that found a slot; None: as many as there are slots."""
-    capacity: int | None = None
-    """Slots of each expert; None where hosts drop nothing."""
+    capacity: int | Tensor | None = None
+    """Slots of each expert, a tensor on the CPU if it is one; None where hosts drop nothing."""
     solution: Solution | None = None
     """Of the transport problem that the pass solved."""
 
@@ -71,6 +77,55 @@ class LoadWindow:
     """1 where a rank takes part in a layer's expert-parallel dispatch, else 0."""
     sampled_LX: Tensor
     """Sums of one pass a rank; see `monitor.sample`."""
+
+
+class _Rows:
+    """Room for passes as rows of the buffer; those with the same steps and layers in the same order share it.
+
+    Args:
+        places: of the N passes among the rows `[W L]` from the first pass's step on.
+        experts: of the passes' layers.
+        width: experts of the widest layer.
+        like: a tensor on the device.
+    """
+
+    def __init__(self, places: tuple[int, ...], experts: int, width: int, like: Tensor) -> None:
+        self._values_NX = like.new_zeros(len(places), 2 * width + _EXTRA)
+        self.demand_NE = self._values_NX[:, :experts]
+        self.dispatched_NE = self._values_NX[:, width : width + experts]
+        self._values_NX[:, -_EXTRA] = 1
+        self._solved_NX = self._values_NX[:, 1 - _EXTRA :]
+        self._any_solved = False
+        self._none, self._one = like.new_zeros(()), like.new_ones(())
+        self._places_N: Tensor | None = None
+        if places != tuple(range(len(places))):
+            # Pinned, and so copied without waiting for the device.
+            places_N = torch.tensor(places, pin_memory=like.device.type == "cuda")
+            self._places_N = places_N.to(like.device, non_blocking=True)
+
+    def set_solutions(self, solutions: list[Solution | None]) -> None:
+        """What the passes' transport problems came to; zeros where there was none."""
+        found = [solution for solution in solutions if solution is not None]
+        if found:
+            error_N = torch.stack([self._none if s is None else s.error for s in solutions])
+            columns = (
+                torch.stack([self._none if s is None else self._one for s in solutions]),
+                error_N,
+                torch.stack([self._none if s is None else s.iterations for s in solutions]),
+                # One configuration, one tolerance. A NaN is not within it.
+                ~(error_N <= found[0].tolerance),
+            )
+            torch.stack([column.double() for column in columns], 1, out=self._solved_NX)
+        elif self._any_solved:
+            self._solved_NX.zero_()
+        self._any_solved = bool(found)
+
+    def add_to(self, rows_NX: Tensor, first: int) -> None:
+        """Add the passes to the buffer's rows of all steps and layers, from that row on."""
+        if self._places_N is None:
+            rows_NX[first : first + len(self._values_NX)].add_(self._values_NX)
+        else:
+            rows_NX.index_add_(0, self._places_N + first, self._values_NX)
 
 
 class LoadMonitor:
@@ -110,10 +165,12 @@ class LoadMonitor:
         self._buffer = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         self._shapes, self._sizes = shapes, sizes
         self._parts = self._views(self._buffer)
-        self._passes: list[tuple[int, Pass]] = []
+        self._passes: list[tuple[int, int, Pass]] = []
+        self._uncounted: list[tuple[int, int, Tensor, Tensor, Solution | None]] = []
+        self._routes = 0
         self._slots = [0] * len(layers)
         self._places: dict[int, Tensor] = {}
-        self._tensors: dict[tuple[Any, ...], Tensor] = {}
+        self._rows: dict[tuple[int, tuple[int, ...]], _Rows] = {}
         self._sampled: dict[int, bool] = {}
         self._row = 0
         self._first_step: int | None = None
@@ -133,16 +190,32 @@ class LoadMonitor:
 
         Args:
             layer: index into `layers`.
-            counted: this rank's counts; kept until the step's end.
+            counted: this rank's counts; kept until they are added to the buffer.
         """
-        if torch._C._current_graph_task_id() == -1:
-            self._passes.append((layer, counted))
+        if not recomputes():
+            self._passes.append((self._row, layer, counted))
+
+    def add_routes(self, layer: int, indices_TK: Tensor, asked_R: Tensor, solution: Solution | None) -> None:
+        """Count one training pass of a router whose host drops nothing and does not say its demand.
+
+        Args:
+            layer: index into `layers`.
+            indices_TK: chosen experts.
+            asked_R: int64 `[T K]`, 1 for a route, 0 for one of padding; one tensor for all layers saves time.
+            solution: of the transport problem that the pass solved.
+        """
+        if recomputes():
+            return
+        self._uncounted.append((self._row, layer, indices_TK, asked_R, solution))
+        self._routes += indices_TK.numel()
+        if self._routes >= _MOST_ROUTES:
+            self._count()
 
     def sample(self, layer: int, transport: bool, look: Callable[[], Sample | None]) -> None:
         """Have a closer look at one training pass of each layer and window: the first, or the first transport pass."""
         if self._sampled.get(layer, False) >= transport and layer in self._sampled:
             return
-        if torch._C._current_graph_task_id() != -1:
+        if recomputes():
             return
         self._sampled[layer] = transport
         with torch.no_grad():
@@ -160,8 +233,10 @@ class LoadMonitor:
         if self._first_step is None:
             self._first_step = step
         ends = (step + 1) % self.interval == 0 or self._row + 1 == self.interval
-        self._fold(ends)
         self._row += 1
+        self._count()
+        if ends or len(self._passes) >= _AT_ONCE:
+            self._fold(ends)
         window = self.settle()
         if ends:
             self._reduce(self._first_step)
@@ -181,6 +256,7 @@ class LoadMonitor:
 
     def save(self) -> dict[str, Any]:
         """The counts of the window that has begun, summed over all ranks, on the CPU. Every rank calls it."""
+        self._fold(False)
         total = self._collected().cpu()
         steps_WLX = self._views(total).pop("steps")[: self._row].clone()
         rest = total[self._sizes[0] :].clone()
@@ -194,53 +270,73 @@ class LoadMonitor:
         if saved is None or saved["key"] != key or saved["first_step"] is None:
             return
         self._first_step, self._row = saved["first_step"], len(saved["steps"])
+        rest = self._buffer[self._sizes[0] :]
+        same_ranks = len(rest) == len(saved["rest"])
+        if same_ranks:
+            sampled_LX = saved["rest"][: self._sizes[1]].view(self._shapes["sampled"])
+            # A closer look is not taken again; where there was a transport pass, it was at one.
+            seen, solved = sampled_LX[:, SAMPLED - 1] > 0, saved["steps"][..., 1 - _EXTRA].sum(0) > 0
+            self._sampled = {layer: bool(solved[layer]) for layer in seen.nonzero().flatten().tolist()}
         if self._rank == 0:  # the others' counts are in it
             self._parts["steps"][: self._row] = saved["steps"]
-            rest = self._buffer[self._sizes[0] :]
-            if len(rest) == len(saved["rest"]):
+            if same_ranks:
                 rest.copy_(saved["rest"])
                 self._parts["present"].zero_()  # every rank says so again
 
+    def _count(self) -> None:
+        """Count the routes of passes that wait, those of the same padding and number of experts in one operation."""
+        passes, self._uncounted, self._routes = self._uncounted, [], 0
+        for _, run in itertools.groupby(passes, lambda one: (id(one[3]), one[2].shape, self.experts[one[1]])):
+            alike = list(run)
+            _, layer, _, asked_R, _ = alike[0]
+            indices_NR = torch.stack([indices_TK for _, _, indices_TK, _, _ in alike]).long().view(len(alike), -1)
+            demand_NE = asked_R.new_zeros(len(alike), self.experts[layer])
+            demand_NE.scatter_add_(1, indices_NR, asked_R.expand_as(indices_NR))
+            for (step, layer, *_, solution), demand_E in zip(alike, demand_NE.unbind(0), strict=True):
+                self._passes.append((step, layer, Pass(demand_E, solution=solution)))
+
     def _fold(self, last: bool) -> None:
-        """Add the step's passes to the buffer."""
-        passes, self._passes = self._passes, []
-        for experts in {self.experts[layer] for layer, _ in passes}:
-            alike = [(layer, counted) for layer, counted in passes if self.experts[layer] == experts]
-            self._add(alike, experts, last)
-        solved = [(layer, counted.solution) for layer, counted in passes if counted.solution is not None]
-        if solved:
-            figures = [(s.error, s.iterations, ~s.converged) for _, s in solved]
-            rows_NX = torch.stack([torch.stack([f.double() for f in row]) for row in figures])
-            index_N = self._tensor(tuple(layer for layer, _ in solved))
-            row_LX = self._parts["steps"][self._row]
-            row_LX[:, -3:].index_add_(0, index_N, rows_NX)
-            row_LX[:, -4].index_add_(0, index_N, torch.ones_like(rows_NX[:, 0]))
+        """Add the passes of the steps that are over to the buffer."""
+        passes = [one for one in self._passes if one[0] < self._row]
+        self._passes = self._passes[len(passes) :]
+        for experts in sorted({self.experts[layer] for _, layer, _ in passes}):
+            self._add([one for one in passes if self.experts[one[1]] == experts], experts, last)
 
-    def _add(self, passes: list[tuple[int, Pass]], experts: int, last: bool) -> None:
-        """Add passes of layers with that many experts."""
-        layers = tuple(layer for layer, _ in passes)
-        demand_NE = torch.stack([counted.demand_E for _, counted in passes]).double()
-        dispatched_NE = self._dispatched(passes, demand_NE)
-        index_N = self._tensor(layers)
-        row_LX = self._parts["steps"][self._row]
-        row_LX[:, :experts].index_add_(0, index_N, demand_NE)
-        row_LX[:, self._width : self._width + experts].index_add_(0, index_N, dispatched_NE)
-        row_LX[:, -5].index_add_(0, index_N, torch.ones_like(demand_NE[:, 0]))
-        for layer, counted in passes:
-            self._slots[layer] += experts * (counted.capacity or 0)
-        if last and self._places:
-            self._receive(layers, dispatched_NE)
-
-    def _dispatched(self, passes: list[tuple[int, Pass]], demand_NE: Tensor) -> Tensor:
-        if any(counted.dispatched_E is not None for _, counted in passes):
-            kept = [c.demand_E if c.dispatched_E is None else c.dispatched_E for _, c in passes]
-            dispatched_NE = torch.stack(kept).double()
+    def _add(self, passes: list[tuple[int, int, Pass]], experts: int, last: bool) -> None:
+        """Add passes of layers with that many experts, in as few operations as there can be: they take the time."""
+        first = passes[0][0] * len(self.layers)
+        rows = self._rows_for(tuple([step * len(self.layers) + layer - first for step, layer, _ in passes]), experts)
+        rows.demand_NE.copy_(torch.stack([counted.demand_E for *_, counted in passes]))
+        if any(counted.dispatched_E is not None for *_, counted in passes):
+            kept = [c.demand_E if c.dispatched_E is None else c.dispatched_E for *_, c in passes]
+            rows.dispatched_NE.copy_(torch.stack(kept))
         else:
-            dispatched_NE = demand_NE
-        capacities = tuple(float("inf") if c.capacity is None else float(c.capacity) for _, c in passes)
-        return torch.minimum(dispatched_NE, self._tensor(capacities, torch.float64).unsqueeze(1))
+            rows.dispatched_NE.copy_(rows.demand_NE)
+        # Equal ones together, and as numbers: a copy of them to the device would wait for it.
+        capacities = [None if c.capacity is None else int(c.capacity) for *_, c in passes]
+        start = 0
+        for capacity, run in itertools.groupby(capacities):
+            stop = start + len(list(run))
+            if capacity is not None:
+                rows.dispatched_NE[start:stop].clamp_(max=capacity)
+                for _, layer, _ in passes[start:stop]:
+                    self._slots[layer] += experts * capacity
+            start = stop
+        rows.set_solutions([counted.solution for *_, counted in passes])
+        rows.add_to(self._parts["steps"].view(-1, 2 * self._width + _EXTRA), first)
+        if last and self._places:
+            here = [place for place, (step, _, _) in enumerate(passes) if step == self._row - 1]
+            self._receive([passes[place][1] for place in here], rows.dispatched_NE[here[0] :] if here else [])
 
-    def _receive(self, layers: tuple[int, ...], dispatched_NE: Tensor) -> None:
+    def _rows_for(self, places: tuple[int, ...], experts: int) -> _Rows:
+        rows = self._rows.get((experts, places))
+        if rows is None:
+            if len(self._rows) > 8:
+                self._rows.clear()
+            rows = self._rows[experts, places] = _Rows(places, experts, self._width, self._buffer)
+        return rows
+
+    def _receive(self, layers: list[int], dispatched_NE: Iterable[Tensor]) -> None:
         """Add to what the ranks have received, micro-batch by micro-batch."""
         seen: dict[int, int] = {}
         for layer, dispatched_E in zip(layers, dispatched_NE, strict=True):
@@ -249,15 +345,6 @@ class LoadMonitor:
             if ranks is not None:
                 row_R = self._parts["received"][min(micro_batch, self._micro_batches - 1), layer]
                 row_R.index_add_(0, ranks, dispatched_E.view(len(ranks), -1).sum(1))
-
-    def _tensor(self, values: tuple[Any, ...], dtype: torch.dtype = torch.int64) -> Tensor:
-        """The values on the device. The same ones come at every step, and copying them would stall it."""
-        key = (dtype, *values)
-        if key not in self._tensors:
-            if len(self._tensors) > 64:
-                self._tensors.clear()
-            self._tensors[key] = torch.tensor(values, dtype=dtype, device=self._buffer.device)
-        return self._tensors[key]
 
     def _reduce(self, first_step: int) -> None:
         """Sum the buffer over all ranks, send it to the host and begin anew."""
@@ -280,7 +367,7 @@ class LoadMonitor:
     def _begin(self) -> None:
         """Begin a window."""
         self._buffer.zero_()
-        self._passes = []
+        self._passes, self._uncounted, self._routes = [], [], 0
         self._slots = [0] * len(self.layers)
         self._sampled = {}
         self._row, self._first_step = 0, None

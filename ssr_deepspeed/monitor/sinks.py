@@ -35,7 +35,7 @@ class JsonLines:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n")
+        self._file.write(_line(record))
         self._file.flush()
 
     def forget_after(self, step: int, kinds: Collection[str]) -> None:
@@ -64,7 +64,7 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
 
 def read_kinds(path: str | Path, kinds: Collection[str]) -> Iterator[dict[str, Any]]:
     """The records of these kinds; lines of others are not parsed, which for long ones takes most of the time."""
-    marks = tuple(f'{{"kind":"{kind}"' for kind in kinds)
+    marks = tuple(f'{{"kind":{space}"{kind}"' for kind in kinds for space in ("", " "))
     with Path(path).open(encoding="utf-8") as file:
         for line in file:
             if line.startswith(marks) and line.endswith("}\n"):
@@ -76,7 +76,11 @@ def keep_records(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     if not path.exists():
         return
     kept = filter(wanted, read_json_lines(path))
-    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    replace_text(path, "".join(map(_line, kept)))
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
 
 
 def load_records(report: dict[str, Any]) -> list[dict[str, Any]]:

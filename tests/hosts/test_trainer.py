@@ -1,6 +1,7 @@
 """Hugging Face's `Trainer` and accelerate on real engines: what they do to an engine between its steps."""
 
 import io
+import json
 from contextlib import redirect_stderr
 
 import deepspeed
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 import ssr_deepspeed
 from ssr_deepspeed.hosts.rules import KEY
+from ssr_deepspeed.monitor.sinks import scalars
 from ssr_deepspeed.token_router import TokenRouter
 from tests.gloo import run_ranks
 from tests.hosts.families import tiny_model
@@ -167,3 +169,51 @@ def _what_is_refused(folder):
 
 def test_auto_in_the_block_and_routers_with_accelerates_hooks_are_refused(tmp_path):
     run_ranks(1, _what_is_refused, tmp_path / "run", folder=tmp_path)
+
+
+class Sink(TrainerCallback):
+    """Keeps what is logged, as the sinks of `report_to` do: before any callback that is added later."""
+
+    def __init__(self):
+        self.logged = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logged.append((state.global_step, dict(logs)))
+
+
+def _logs(folder):
+    ssr_deepspeed.install()
+    for number, (every, losses) in enumerate(((3, [3, 6]), (2, [2, 4, 6]), (1, [*range(1, 8)]))):
+        sink, path = Sink(), folder.parent / f"{number}.jsonl"
+        block = {"monitor": {"interval": 2, "path": str(path)}}
+        settings = {"max_steps": 7, "logging_steps": every, "save_strategy": "steps", "save_steps": 3}
+        trainer = trainer_of(tiny_model("mixtral"), folder / str(number), block, [sink], **settings)
+        trainer.add_callback(ssr_deepspeed.SSRCallback(trainer))
+        trainer.train()
+        reports = [record for line in path.read_text().splitlines() if (record := json.loads(line))["kind"] == "load"]
+        expected = [
+            (report["step"], {f"SSR/{key}": value for key, value in scalars(report).items()}) for report in reports
+        ]
+        assert [step for step, _ in expected] == [2, 4, 6]
+        history = [(record["step"], record) for record in trainer.state.log_history]
+        for logged in (sink.logged, history):
+            ours = [(step, {k: v for k, v in record.items() if k.startswith("SSR/")}) for step, record in logged]
+            assert [one for one in ours if one[1]] == expected
+            assert [step for step, record in logged if "loss" in record] == losses
+        assert all("epoch" in record for _, record in sink.logged)
+    # Resumed within a window, it logs the windows that are left.
+    again = trainer_of(tiny_model("mixtral"), folder / "2", block, **settings)
+    again.add_callback(ssr_deepspeed.SSRCallback(again))
+    again.train(resume_from_checkpoint=f"{folder}/2/checkpoint-3")
+    ours = [record["step"] for record in again.state.log_history if "SSR/max_vio_mean" in record]
+    assert ours == [2, 4, 6]
+    off = trainer_of(tiny_model("mixtral"), folder / "off", {"monitor": {"interval": 0}}, max_steps=1)
+    off.add_callback(ssr_deepspeed.SSRCallback(off))
+    with redirect_stderr(io.StringIO()) as said:
+        off.train()
+    assert said.getvalue().count("SSR logs no load") == 1
+
+
+def test_the_trainers_log_holds_every_load_report_once_at_its_step(tmp_path):
+    """Beside its own losses, whether it logs them more often or less often than windows end."""
+    run_ranks(1, _logs, tmp_path / "run", folder=tmp_path)
