@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _COMMANDS[options.command][0].main(options)
     except (ValueError, OSError) as error:
         print(f"ssr-monitor: {error}", file=sys.stderr)
-        return 1
+        return 2
 
 
 if __name__ == "__main__":

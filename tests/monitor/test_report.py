@@ -162,7 +162,7 @@ def test_the_command_refuses_a_folder_without_a_run_and_starts_without_torch(tmp
         result = subprocess.run(
             [sys.executable, "-c", code, command, str(tmp_path)], capture_output=True, text=True, check=False
         )
-        assert result.returncode == 1
+        assert result.returncode == 2
         assert result.stderr.startswith(f"ssr-monitor: {tmp_path} holds no run")
         assert result.stderr.count("\n") == 1
 

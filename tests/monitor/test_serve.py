@@ -88,7 +88,7 @@ def test_the_command_says_where_it_listens_and_ends_at_an_interrupt(tmp_path):
         connection.request("GET", "/data.json")
         assert json.loads(connection.getresponse().read())["runs"][0]["windows"] == [5]
         taken = subprocess.run([*command[:-1], port], capture_output=True, text=True, check=False)
-        assert taken.returncode == 1
+        assert taken.returncode == 2
         assert f"port {port}" in taken.stderr
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
