@@ -234,8 +234,7 @@ class LoadMonitor:
             self._first_step = step
         ends = (step + 1) % self.interval == 0 or self._row + 1 == self.interval
         self._row += 1
-        self._count()
-        if ends or len(self._passes) >= _AT_ONCE:
+        if ends or len(self._passes) + len(self._uncounted) >= _AT_ONCE:
             self._fold(ends)
         window = self.settle()
         if ends:
@@ -297,8 +296,9 @@ class LoadMonitor:
 
     def _fold(self, last: bool) -> None:
         """Add the passes of the steps that are over to the buffer."""
-        passes = [one for one in self._passes if one[0] < self._row]
-        self._passes = self._passes[len(passes) :]
+        self._count()
+        passes = sorted([one for one in self._passes if one[0] < self._row], key=lambda one: one[0])
+        self._passes = [one for one in self._passes if one[0] >= self._row]
         for experts in sorted({self.experts[layer] for _, layer, _ in passes}):
             self._add([one for one in passes if self.experts[one[1]] == experts], experts, last)
 

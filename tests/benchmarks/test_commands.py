@@ -58,6 +58,17 @@ def test_capacity_is_measured_on_two_ranks():
     assert rows["SSR softmax 1.0 next"][3] == "0.00%"
 
 
+def test_the_monitors_own_time_is_measured(tmp_path):
+    lines = tmp_path / "hosts.jsonl"
+    sizes = ["--hosts", "topk", "qwen3", "--layers", "1", "--steps", "8", "--interval", "4", "--tokens", "128"]
+    run("benchmarks.monitor_overhead", *sizes, "--json", str(lines))
+    measured = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [(one["host"], one["layers"]) for one in measured] == [("topk", 1), ("qwen3", 1)]
+    for one in measured:
+        assert 0 < one["share"] < 1
+        assert one["last"] > one["microseconds"] > 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_megatron_rule_selects_by_the_transport_plan(kind):
     scores = logits(kind, 128, 8)

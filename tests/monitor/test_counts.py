@@ -159,6 +159,38 @@ def test_a_window_goes_on_from_a_checkpoint_as_if_nothing_had_happened():
     assert other.end_step(4).steps == 3
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 1000])
+@pytest.mark.parametrize("most_routes", [1, 2**20])
+def test_counts_are_the_same_however_many_passes_are_added_at_once(monkeypatch, at_once, most_routes):
+    """Layers of two widths, one of whose hosts gives indices; micro-batches that vary in number, size and padding."""
+    monkeypatch.setattr(ssr_deepspeed.monitor.counts, "_AT_ONCE", at_once)
+    monkeypatch.setattr(ssr_deepspeed.monitor.counts, "_MOST_ROUTES", most_routes)
+    monitor = make_monitor(interval=6, experts=(4, 3, 4))
+    demand, dispatched = torch.zeros(6, 3, 4), torch.zeros(6, 3, 4)
+    slots, solved = [0, 0, 0], 0
+    for step in range(6):
+        for micro_batch in range(1 + step % 3):
+            load, capacity = torch.randint(9, (4,)), 3 + step % 2 + micro_batch
+            solving = (step + micro_batch) % 4 == 0
+            monitor.add(0, counted(load, capacity=capacity, solution=solution(0.5, 7) if solving else None))
+            indices, asked = torch.randint(3, (5 + micro_batch, 2)), torch.randint(2, (10 + 2 * micro_batch,))
+            monitor.add_routes(1, indices, asked, None)
+            monitor.add(2, counted(load, load // 2))
+            chosen = torch.bincount(indices.flatten()[asked == 1], minlength=4)
+            demand[step] += torch.stack([load, chosen, load])
+            dispatched[step] += torch.stack([load.clamp(max=capacity), chosen, load // 2])
+            slots[0] += 4 * capacity
+            solved += solving
+        window = monitor.end_step(step)
+        if step == 3:
+            monitor.load(monitor.save())  # a checkpoint between
+    assert torch.equal(window.demand_WLE, demand.double())
+    assert torch.equal(window.dispatched_WLE, dispatched.double())
+    assert window.slots_L.tolist() == slots
+    assert window.transport_share_L.tolist() == [pytest.approx(solved / 12), 0, 0]
+    assert window.sweeps_L[0] == 7
+
+
 def test_on_an_accelerator_a_window_is_read_one_step_later_or_when_asked(monkeypatch):
     monkeypatch.setattr(ssr_deepspeed.monitor.counts, "to_host", lambda total: (total.clone(), None))
     monitor = make_monitor(interval=2)
