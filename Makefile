@@ -39,12 +39,15 @@ test: setup chromium
 test-all: setup chromium
 	$(BIN)/python -m pytest -m ''
 
-# Older DeepSpeed versions, each beside the environment's own and with compiled operators of its own.
-HOSTS := 0.16.9 0.19.3
+# Other versions of the hosts, each beside the environment's own and with compiled operators of its own.
+# DeepSpeed before 0.16 loads its checkpoints as torch did before 2.6.
+HOSTS := deepspeed-0.15.4 deepspeed-0.16.9 deepspeed-0.17.6 deepspeed-0.19.3 transformers-5.23.0
+test-hosts: export TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD := 1
 test-hosts: setup
-	for version in $(HOSTS); do \
-	  home=$(CURDIR)/$(VENV)/deepspeed-$$version; \
-	  test -d $$home || $(BIN)/python -m pip install --quiet --no-deps --target $$home deepspeed==$$version || exit; \
+	for host in $(HOSTS); do \
+	  home=$(CURDIR)/$(VENV)/$$host; \
+	  test -d $$home || $(BIN)/python -m pip install --quiet --no-deps --target $$home $${host%-*}==$${host##*-} || exit; \
+	  echo "$$host"; \
 	  TORCH_EXTENSIONS_DIR=$$home/extensions PYTHONPATH=$$home $(BIN)/python -m pytest tests/hosts tests/patches || exit; \
 	done
 

@@ -1,6 +1,9 @@
 """Tiny random models of transformers' MoE families."""
 
+import deepspeed
+import pytest
 import torch
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -58,6 +61,15 @@ FAMILIES = {
     "minimax": {"num_local_experts": 8, "head_dim": 8, **ATTENTION},
     "minimax_m2": {"num_local_experts": 8, "head_dim": 8},
 }
+
+
+def skip_where_autoep_crashes(family):
+    """With transformers 5.23, DeepSpeed's AutoEP fails for these families, at its output recorders."""
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+    crashes = type(_CAN_RECORD_REGISTRY) is not dict and Version(deepspeed.__version__) <= Version("0.19.8")
+    if crashes and family in ("mixtral", "qwen2_moe", "qwen3_moe"):
+        pytest.skip("AutoEP up to deepspeed 0.19.8 cannot take this family from transformers 5.23 on")
 
 
 def tiny_model(family, seed=0, **changes):

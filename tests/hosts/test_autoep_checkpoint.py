@@ -7,13 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from deepspeed.checkpoint.ds_to_universal import main as convert
 
 from tests.gloo import run_ranks
-from tests.hosts.families import tiny_model
+from tests.hosts.families import skip_where_autoep_crashes, tiny_model
 from tests.hosts.test_huggingface import build, routers_of, train
-
-convert = pytest.importorskip("deepspeed.checkpoint.ds_to_universal").main
-pytest.importorskip("deepspeed.module_inject.auto_ep", reason="AutoEP came with deepspeed 0.19.2")
 
 BLOCK = {"rule": "carried"}
 STEPS = 3
@@ -71,6 +69,7 @@ def _there_and_back(folder, stage):
 
 @pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_rules_state_travels_in_a_universal_checkpoint_to_the_same_split_and_another(stage, tmp_path):
+    skip_where_autoep_crashes("mixtral")
     same = run_ranks(2, _there_and_back, str(tmp_path), stage, folder=tmp_path)
     # DeepSpeed loads no second split in one process.
     other = run_ranks(2, _read, str(tmp_path), 1, stage, folder=tmp_path)

@@ -11,7 +11,9 @@ import torch.distributed as dist
 import ssr_deepspeed
 from ssr_deepspeed.token_router import TokenRouter
 from tests.gloo import run_ranks
-from tests.hosts.families import tiny_model
+from tests.hosts.families import skip_where_autoep_crashes, tiny_model
+
+pytest.importorskip("deepspeed.moe.ep_router", reason="AutoEP came with deepspeed 0.19.2")
 
 ADAMW = {"type": "AdamW", "params": {"lr": 3e-3, "torch_adam": True}}
 
@@ -163,6 +165,7 @@ def _autoep(family, rule, size):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v2", "deepseek_v3"])
 def test_every_autoep_preset_trains_on_two_ranks_as_without_expert_parallelism(tmp_path, family):
+    skip_where_autoep_crashes(family)
     shared, split = (run_ranks(2, _autoep, family, "carried", size, folder=tmp_path) for size in (1, 2))
     assert split[0] == split[1]
     torch.testing.assert_close(torch.tensor(split[0][0]), torch.tensor(shared[0][0]), rtol=1e-3, atol=1e-3)
@@ -179,4 +182,5 @@ def _autoep_by_stage():
 
 
 def test_autoep_under_zero_3_trains_as_under_zero_1(tmp_path):
+    skip_where_autoep_crashes("mixtral")
     run_ranks(2, _autoep_by_stage, folder=tmp_path)

@@ -102,7 +102,11 @@ def test_ranks_of_one_sequence_hold_the_state_that_one_rank_with_all_its_tokens_
 def _pipeline(layers, block, **config):
     """The engine of a pipeline of two stages; a step takes two micro-batches."""
     model = PipelineModule(layers, num_stages=2, loss_fn=lambda out, _: out.square().mean(), partition_method="uniform")
-    return build_engine(model, block, gradient_accumulation_steps=2, gradient_clipping=1.0, **config)
+    steps = {
+        "gradient_accumulation_steps": 2,
+        "steps_per_print": 1000,
+    }  # deepspeed 0.15 has no default for its pipelines
+    return build_engine(model, block, gradient_clipping=1.0, **steps, **config)
 
 
 def _load(engine, folder):
