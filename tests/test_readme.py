@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from ssr_deepspeed.config import SSRConfig
+from ssr_deepspeed.config import AlertConfig, SSRConfig
+from ssr_deepspeed.monitor.alerts import ADVICE
+from ssr_deepspeed.monitor.names import METRICS
 from tests.gloo import run_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +35,16 @@ def test_the_block_table_has_every_key_with_its_default():
     defaults = SSRConfig().to_dict()
     assert list(table) == [field.name for field in dataclasses.fields(SSRConfig)]
     assert {key: json.loads(text) for key, text in table.items()} == defaults
+
+
+def test_the_tables_of_metrics_and_alerts_are_those_of_the_code():
+    metrics = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|$", README.split("| metric | meaning |")[1], re.MULTILINE))
+    assert {name: metrics[name] for name in METRICS} == METRICS
+    alerts = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", README.split("| alert | raised when |")[1], re.MULTILINE))
+    assert set(ADVICE) <= set(alerts)
+    for name, value in dataclasses.asdict(AlertConfig()).items():
+        row = alerts["dead_expert" if name == "dead_windows" else name]
+        assert re.search(rf"\b{re.escape(str(value))}\b", row), name
 
 
 def test_the_tree_names_what_is_there():
