@@ -66,29 +66,26 @@ class Padding:
 
     def __init__(self) -> None:
         self._mask: Tensor | None = None
-        self._asked: tuple[torch.Size, Tensor] | None = None
+        self._used: Tensor | None = None
 
     def read(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pre-hook of the model: keep its `attention_mask` if it has one number a token."""
         mask = kwargs.get("attention_mask")
         self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        self._asked = None
+        self._used = None
 
     def mask(self, tokens: int) -> Tensor | None:
         """Zero where a token is padding, of a pass over that many tokens; None where nothing is known."""
         return self._mask if self._mask is not None and self._mask.numel() == tokens else None
 
     def used(self, tokens: int) -> Tensor | None:
-        """False where a token is padding; None where nothing is known."""
+        """False where a token is padding, one tensor for all layers; None where nothing is known."""
         mask = self.mask(tokens)
-        return None if mask is None else mask.reshape(-1) != 0
-
-    def asked(self, indices_TK: Tensor) -> Tensor:
-        """1 for a route that asks for a slot, 0 for one of padding, int64 `[T K]`; made once for all layers."""
-        if self._asked is None or self._asked[0] != indices_TK.shape:
-            asked_TK = asked_routes(indices_TK, self.used(len(indices_TK)))
-            self._asked = indices_TK.shape, asked_TK.long().reshape(-1)
-        return self._asked[1]
+        if mask is None:
+            return None
+        if self._used is None:
+            self._used = (mask != 0).reshape(-1)
+        return self._used
 
 
 class TokenRouter(Router):

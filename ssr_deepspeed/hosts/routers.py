@@ -69,7 +69,7 @@ class Found:
             if ssr is not None and ssr.demand_E is not None:
                 monitor.add(layer, Pass(ssr.demand_E, solution=solution))
             else:
-                monitor.add_routes(layer, indices_TK, padding.asked(indices_TK), solution)
+                monitor.add_routes(layer, indices_TK, padding.used(len(indices_TK)), solution)
 
             def look() -> Sample | None:
                 logits_TE = contract.logits_of(module, inputs[0], output)

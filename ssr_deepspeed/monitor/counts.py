@@ -166,7 +166,7 @@ class LoadMonitor:
         self._shapes, self._sizes = shapes, sizes
         self._parts = self._views(self._buffer)
         self._passes: list[tuple[int, int, Pass]] = []
-        self._uncounted: list[tuple[int, int, Tensor, Tensor, Solution | None]] = []
+        self._uncounted: list[tuple[int, int, Tensor, Tensor | None, Solution | None]] = []
         self._routes = 0
         self._slots = [0] * len(layers)
         self._places: dict[int, Tensor] = {}
@@ -195,18 +195,18 @@ class LoadMonitor:
         if not recomputes():
             self._passes.append((self._row, layer, counted))
 
-    def add_routes(self, layer: int, indices_TK: Tensor, asked_R: Tensor, solution: Solution | None) -> None:
+    def add_routes(self, layer: int, indices_TK: Tensor, used: Tensor | None, solution: Solution | None) -> None:
         """Count one training pass of a router whose host drops nothing and does not say its demand.
 
         Args:
             layer: index into `layers`.
             indices_TK: chosen experts.
-            asked_R: int64 `[T K]`, 1 for a route, 0 for one of padding; one tensor for all layers saves time.
+            used: bool, T entries, false for padding; one tensor for all layers saves time. None: no padding.
             solution: of the transport problem that the pass solved.
         """
         if recomputes():
             return
-        self._uncounted.append((self._row, layer, indices_TK, asked_R, solution))
+        self._uncounted.append((self._row, layer, indices_TK, used, solution))
         self._routes += indices_TK.numel()
         if self._routes >= _MOST_ROUTES:
             self._count()
@@ -287,10 +287,13 @@ class LoadMonitor:
         passes, self._uncounted, self._routes = self._uncounted, [], 0
         for _, run in itertools.groupby(passes, lambda one: (id(one[3]), one[2].shape, self.experts[one[1]])):
             alike = list(run)
-            _, layer, _, asked_R, _ = alike[0]
-            indices_NR = torch.stack([indices_TK for _, _, indices_TK, _, _ in alike]).long().view(len(alike), -1)
-            demand_NE = asked_R.new_zeros(len(alike), self.experts[layer])
-            demand_NE.scatter_add_(1, indices_NR, asked_R.expand_as(indices_NR))
+            _, layer, _, used, _ = alike[0]
+            indices_NTK = torch.stack([indices_TK for _, _, indices_TK, _, _ in alike]).long()
+            asked_NTK = torch.ones_like(indices_NTK)
+            if used is not None:
+                asked_NTK *= used.view(-1, 1)
+            demand_NE = indices_NTK.new_zeros(len(alike), self.experts[layer])
+            demand_NE.scatter_add_(1, indices_NTK.flatten(1), asked_NTK.flatten(1))
             for (step, layer, *_, solution), demand_E in zip(alike, demand_NE.unbind(0), strict=True):
                 self._passes.append((step, layer, Pass(demand_E, solution=solution)))
 

@@ -173,10 +173,10 @@ def test_counts_are_the_same_however_many_passes_are_added_at_once(monkeypatch, 
             load, capacity = torch.randint(9, (4,)), 3 + step % 2 + micro_batch
             solving = (step + micro_batch) % 4 == 0
             monitor.add(0, counted(load, capacity=capacity, solution=solution(0.5, 7) if solving else None))
-            indices, asked = torch.randint(3, (5 + micro_batch, 2)), torch.randint(2, (10 + 2 * micro_batch,))
-            monitor.add_routes(1, indices, asked, None)
+            indices, used = torch.randint(3, (5 + micro_batch, 2)), torch.rand(5 + micro_batch) < 0.6
+            monitor.add_routes(1, indices, used if micro_batch else None, None)
             monitor.add(2, counted(load, load // 2))
-            chosen = torch.bincount(indices.flatten()[asked == 1], minlength=4)
+            chosen = torch.bincount((indices[used] if micro_batch else indices).flatten(), minlength=4)
             demand[step] += torch.stack([load, chosen, load])
             dispatched[step] += torch.stack([load.clamp(max=capacity), chosen, load // 2])
             slots[0] += 4 * capacity
