@@ -99,7 +99,7 @@ class RunLog:
         """
         lines = [line for line in self._lines if line.kind == kind and (steps is None or line.step in steps)]
         if most is not None and len(lines) > most:
-            lines = [lines[len(lines) - 1 - (len(lines) - 1) * i // (most - 1)] for i in reversed(range(most))]
+            lines = [lines[len(lines) - 1 - (len(lines) - 1) * i // max(most - 1, 1)] for i in reversed(range(most))]
         return self._parse(lines)
 
     def loads(self, step: int) -> list[list[float | None]] | None:

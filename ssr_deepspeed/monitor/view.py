@@ -13,7 +13,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from ssr_deepspeed.monitor.alerts import sentence
-from ssr_deepspeed.monitor.metrics import DEAD_BELOW
+from ssr_deepspeed.monitor.names import DEAD_BELOW
 
 if TYPE_CHECKING:
     from ssr_deepspeed.monitor.watch import Watched

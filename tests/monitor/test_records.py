@@ -40,6 +40,7 @@ def test_many_records_are_chosen_evenly_with_the_last(tmp_path):
     log = RunLog(write(tmp_path, [load(10 * i) for i in range(1, 1001)]))
     steps = [record["step"] for record in log.records("load", most=10)]
     assert len(steps) == 10
+    assert [record["step"] for record in log.records("load", most=1)] == [10_000]
     assert steps[-1] == 10_000
     assert steps == sorted(set(steps))
     assert max(b - a for a, b in itertools.pairwise(steps)) <= 1120

@@ -3,6 +3,8 @@
 import argparse
 import io
 import re
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -169,3 +171,16 @@ def test_one_frame_is_printed_and_a_folder_without_a_run_is_a_sentence(tmp_path,
     assert f"{tmp_path} holds no run" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         arguments(folder, "--interval", "0")
+
+
+def test_a_frame_needs_no_torch(tmp_path):
+    train = [{"kind": "train", "step": step, "tokens_per_second": 7.0} for step in (10, 20)]
+    folder = write(tmp_path / "mine", [*records(10), *records(20), *train])
+    code = (
+        "import sys; from ssr_deepspeed.monitor.__main__ import main; status = main(sys.argv[1:]); "
+        "assert not {'torch', 'deepspeed', 'matplotlib'} & set(sys.modules); sys.exit(status)"
+    )
+    command = [sys.executable, "-c", code, "watch", str(folder), "--once"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "mine  step 20  7 tokens/s" in result.stdout
