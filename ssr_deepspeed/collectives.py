@@ -49,7 +49,7 @@ def maximum_over(group: Any, tensor: Tensor) -> Tensor:
 
 def numbers_of(group: Any, numbers: Sequence[int]) -> dict[int, list[int]]:
     """`numbers` of every rank of `group`, by rank, on every rank. The group must take tensors on the CPU."""
-    own = torch.tensor(numbers)
+    own = torch.tensor(numbers, device="cpu")
     theirs = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(theirs, own, group=group)
     return dict(zip(dist.get_process_group_ranks(group), (each.tolist() for each in theirs), strict=True))

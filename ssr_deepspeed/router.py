@@ -8,6 +8,8 @@ Shapes: T tokens, E experts, K choices a token, M model width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -190,6 +192,22 @@ class Router(nn.Module):
         if logits_TE.numel():
             lowest, highest = torch.aminmax(logits_TE.detach())
             flag |= ~(torch.isfinite(lowest) & torch.isfinite(highest))
+
+
+class LocalHook:
+    """A hook of this process alone: where its module is pickled or copied, one that does nothing takes its place.
+
+    That one is the standard library's, so that the module loads where this package is not.
+    """
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, module: nn.Module, inputs: Any, more: Any) -> None:
+        self._call(module, inputs, more)
+
+    def __reduce__(self) -> Any:
+        return getattr, (nullcontext(), "__exit__")
 
 
 def has_own_forward(module: nn.Module) -> bool:

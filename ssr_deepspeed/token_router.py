@@ -16,6 +16,7 @@ Shapes: T tokens, E experts, K choices a token, M model width.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +72,13 @@ class Padding:
     def read(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pre-hook of the model: keep its `attention_mask` if it has one number a token."""
         mask = kwargs.get("attention_mask")
-        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if mask is None and len(args) > 1:
+            names = list(inspect.signature(model.forward).parameters)
+            mask = dict(zip(names, args, strict=False)).get("attention_mask")
+        self._mask = None
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            # A model moves it to where its weights are.
+            self._mask = mask.to(next(model.parameters()).device, non_blocking=True)
         self._used = None
 
     def mask(self, tokens: int) -> Tensor | None:
@@ -93,6 +100,13 @@ class TokenRouter(Router):
 
     contract: HostContract
     padding: Padding
+    experts_group: Any
+    """The process group of an expert-parallel host around the router; None without one."""
+
+    @property
+    def expert_parallel_group(self) -> Any:
+        """The group that the host has given the layer around the router."""
+        return self.experts_group
 
     @property
     def router_weight(self) -> Tensor:
@@ -113,22 +127,24 @@ class TokenRouter(Router):
         layer: int,
         data_parallel_group: Any = None,
         padding: Padding | None = None,
+        experts_group: Any = None,
     ) -> TokenRouter:
         """Turn a host's router into one of SSR's, in place."""
         module.__class__ = served_class(type(module))
         assert isinstance(module, TokenRouter)
-        module.contract, module.padding = contract, padding or Padding()
+        module.contract, module.padding, module.experts_group = contract, padding or Padding(), experts_group
         module._begin(config, layer, data_parallel_group)
         return module
 
     def release(self) -> nn.Module:
         """Turn the router back into the host's own, in place."""
-        del self.contract, self.padding
+        del self.contract, self.padding, self.experts_group
         return super().release()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled and copied as the host's router: the class was made at run time, and the rule is the engine's."""
-        state = {key: value for key, value in self.__dict__.items() if key not in ("ssr", "contract", "padding")}
+        ours = ("ssr", "contract", "padding", "experts_group")
+        state = {key: value for key, value in self.__dict__.items() if key not in ours}
         return _unpickle, (_host_class(type(self)),), state
 
     # The logits are met by a function put in torch's place, which no trace follows: torch.compile breaks its graph.

@@ -57,9 +57,10 @@ def test_a_wrong_value_says_so_and_breaks_nothing():
     assert "SSR_DEEPSPEED_AUTOLOAD='yes' is ignored; allowed: 0 and 1" in result.stderr
 
 
-def test_engines_of_an_untouched_script_obey_their_block(tmp_path):
+@pytest.mark.parametrize("before", ["", "import ssr_deepspeed; ssr_deepspeed.install()"])
+def test_engines_of_a_script_obey_their_block_untouched_or_not(tmp_path, before):
     script = tmp_path / "train.py"
-    script.write_text(TRAIN)
+    script.write_text(before + TRAIN)
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(script)],
         capture_output=True,

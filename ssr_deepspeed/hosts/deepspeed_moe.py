@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ssr_deepspeed.gate import SSRGate
 from ssr_deepspeed.monitor import LoadMonitor, Pass, Sample, sample_pass
-from ssr_deepspeed.router import recomputes
+from ssr_deepspeed.router import LocalHook, recomputes
 
 
 def find_gates(model: nn.Module) -> dict[str, TopKGate]:
@@ -53,13 +53,16 @@ def count_routes(gate: TopKGate, monitor: LoadMonitor, layer: int) -> torch.util
         monitor.add(layer, counted)
         monitor.sample(layer, counted.solution is not None, lambda: _look(module, inputs, output))
 
-    return gate.register_forward_hook(hook)
+    return gate.register_forward_hook(LocalHook(hook))
 
 
 def _look(gate: TopKGate, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> Sample:
     """A closer look at one pass, from what goes in and out, whether the gate is SSR's or the host's own."""
     weight_EM = gate.wg.weight.float()
-    logits_TE = nn.functional.linear(inputs[0].float().reshape(-1, weight_EM.shape[1]), weight_EM)
+    # TopKGate leaves autocast on, SSR's does not.
+    autocast = torch.is_autocast_enabled(weight_EM.device.type) and not isinstance(gate, SSRGate)
+    with torch.autocast(weight_EM.device.type, enabled=autocast):
+        logits_TE = nn.functional.linear(inputs[0].float().reshape(-1, weight_EM.shape[1]), weight_EM)
     if len(output) == 7:
         experts_KT = output[3] if isinstance(output[3], Tensor) else torch.stack(output[3])
         experts_TK = experts_KT.t().long()
@@ -67,6 +70,8 @@ def _look(gate: TopKGate, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> S
         taken_TK, experts_TK = output[2].any(2).byte().topk(gate.k, dim=1)
         experts_TK = torch.where(taken_TK > 0, experts_TK, -1)
     used_token = inputs[1] if len(inputs) > 1 else None
+    if gate.k > 1 and not isinstance(gate, SSRGate):
+        used_token = None  # TopKGate heeds it for k = 1 alone: padding takes slots like any token
     used_T = None if used_token is None else used_token.reshape(-1) != 0
     potential = gate.ssr.largest_potential() if isinstance(gate, SSRGate) else None
     return sample_pass(logits_TE, experts_TK, output[-1], used_T, potential)

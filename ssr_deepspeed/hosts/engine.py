@@ -70,7 +70,9 @@ def install() -> None:
                 f"ssr_deepspeed was tested with {tested()}; install one of them"
             )
     for name, wrap in wrappers.items():
-        _originals[name] = vars(DeepSpeedEngine)[name]
+        present = vars(DeepSpeedEngine)[name]
+        # What the environment variable has put there is done by this call.
+        _originals[name] = getattr(present, "ssr_replaces", present)
         setattr(DeepSpeedEngine, name, wrap(_originals[name]))
     newer = beyond_tested(deepspeed.__version__)
     if newer and os.environ.get("RANK", "0") == "0":

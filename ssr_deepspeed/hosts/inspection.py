@@ -46,8 +46,8 @@ def inspect_host(module: nn.Module) -> HostContract | str:
     shape, linear = _logits_weight(module)
     if shape is None:
         return "it has no weight of its own, and no child, that could make logits of tokens"
-    copy = _copy_with_random_weights(module, torch.Generator().manual_seed(0)).eval()
-    tokens_TM = torch.linspace(-9, 9, _TOKENS * shape[1]).sin().view(_TOKENS, shape[1])
+    copy = _copy_with_random_weights(module, torch.Generator("cpu").manual_seed(0)).eval()
+    tokens_TM = torch.linspace(-9, 9, _TOKENS * shape[1], device="cpu").sin().view(_TOKENS, shape[1])
     reason = ""
     for tokens in (tokens_TM, tokens_TM.unsqueeze(0)):
         try:
@@ -67,7 +67,7 @@ class _UnservableError(Exception):
 def _biases(module: nn.Module, experts: int) -> list[Tensor]:
     """What a router's forward takes beside hidden states, required or named so: a bias of each expert."""
     parameters = list(inspect.signature(module.forward).parameters.values())[1:]
-    return [torch.zeros(experts) for one in parameters if one.default is one.empty or "bias" in one.name]
+    return [torch.zeros(experts, device="cpu") for one in parameters if one.default is one.empty or "bias" in one.name]
 
 
 def _contract_of(
@@ -155,10 +155,12 @@ def _copy_with_random_weights(module: nn.Module, generator: torch.Generator) -> 
     for name, parameter in module._parameters.items():
         # Logits of about one: larger ones would hide what is added to them.
         shape = () if parameter is None else _shape(parameter)
-        random = torch.randn(shape, generator=generator) / max(shape[-1:], default=1) ** 0.5
+        random = torch.randn(shape, generator=generator, device="cpu") / max(shape[-1:], default=1) ** 0.5
         copy.register_parameter(name, None if parameter is None else nn.Parameter(random))
     for name, buffer in module._buffers.items():
-        copy.register_buffer(name, None if buffer is None else torch.zeros(buffer.shape, dtype=buffer.dtype))
+        copy.register_buffer(
+            name, None if buffer is None else torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
+        )
     for name, child in module.named_children():
         copy.add_module(name, _copy_with_random_weights(child, generator))
     return copy

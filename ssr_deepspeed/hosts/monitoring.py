@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import time
+import weakref
 from typing import Any
 
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
-from torch import nn
 
 from ssr_deepspeed.config import MonitorConfig
 from ssr_deepspeed.hosts.finite import NonfiniteLogitsError
@@ -19,6 +20,9 @@ from ssr_deepspeed.monitor import LoadMonitor, LoadWindow, layer_metrics, model_
 from ssr_deepspeed.monitor.alerts import Alerts, nonfinite_record, sentence
 from ssr_deepspeed.monitor.sinks import JsonLines, engine_events, load_records, read_kinds
 from ssr_deepspeed.token_router import Padding
+
+_alive: weakref.WeakSet[EngineMonitor] = weakref.WeakSet()
+"""At the end of the process their last windows may still be on their way."""
 
 
 class EngineMonitor:
@@ -59,10 +63,13 @@ class EngineMonitor:
         for name, router in found.items():
             layer = names.index(name)
             self._hooks.append(router.count(self.counts, layer, padding))
-            self.counts.place(layer, _ranks_of_experts(engine.module, name))
-        self._config, self._alerts = config, Alerts(config.alerts)
-        if sink is not None:
-            self._alerts.take(read_kinds(sink.path, ("alert",)))
+            if router.experts_group is not None:
+                self.counts.place(layer, dist.get_process_group_ranks(router.experts_group))
+        self._alerts = Alerts(config.alerts)
+        # Whether nothing was written since the start or a checkpoint, at whose step; None: a file may be another run's.
+        self._is_fresh = True
+        self._resumed_at: int | None = None
+        _alive.add(self)
 
     @property
     def report(self) -> dict[str, Any] | None:
@@ -87,29 +94,27 @@ class EngineMonitor:
     def before_save(self, step: int) -> dict[str, Any]:
         """What a checkpoint is to hold: the counts of the window that has begun. Every rank calls it."""
         self.settle()
-        return {"step": step, "counts": self.counts.save()}
+        return {"step": step, "counts": self.counts.save(), "dead": self._alerts.streaks}
 
     def after_load(self, saved: dict[str, Any] | None, step: int) -> None:
         """Go on where the checkpoint was: with its window's counts, without what was written after it."""
         self.settle()
-        if saved is None or saved["step"] != step:  # its weights alone were loaded
-            self.counts.load(None)
-            return
-        self.counts.load(saved["counts"])
-        if self._sink:
-            self._sink.forget_after(step, ("load", "experts", "alert"))
-            self._alerts = Alerts(self._config.alerts)
-            self._alerts.take(read_kinds(self._sink.path, ("alert",)))
+        if saved is not None and saved["step"] != step:  # its weights alone were loaded
+            saved = None
+        self.counts.load(saved and saved["counts"])
+        self._alerts.resume(saved["dead"] if saved else {})
+        self._report, self._is_fresh, self._resumed_at = None, True, step
 
     def stopped(self, error: NonfiniteLogitsError) -> None:
         """Record what stops the run; it says so itself."""
         self.settle()
-        if self._sink:
-            self._sink.write(nonfinite_record(error.layer, error.step))
+        self._catch_up(error.step)
+        self._record([nonfinite_record(error.layer, error.step)])
 
     def release(self) -> None:
         """Stop counting."""
         self.settle()
+        _alive.discard(self)
         for hook in self._hooks:
             hook.remove()
 
@@ -123,10 +128,9 @@ class EngineMonitor:
             "model": model_metrics(layers),
             "layers": layers,
         }
+        self._catch_up(self._report["step"])
         alerts = self._alerts.judge(self._report)
-        if self._sink:
-            for record in [*load_records(self._report), *alerts]:
-                self._sink.write(record)
+        self._record([*load_records(self._report), *alerts])
         if not _is_first():
             return
         for alert in alerts:
@@ -134,17 +138,45 @@ class EngineMonitor:
         if self._engine_monitor.enabled:
             self._engine_monitor.write_events(engine_events(self._report, self._samples))
 
+    def _catch_up(self, step: int) -> None:
+        """Before the first record since the start or a checkpoint: make the file, and the alerts, those of its step.
+
+        Not before: whoever loads a checkpoint to look at it writes nothing, and must lose nothing.
+        """
+        if not self._is_fresh or self._sink is None:
+            return
+        self._is_fresh = False
+        try:
+            if self._resumed_at is not None:
+                self._sink.forget_after(self._resumed_at, ("load", "experts", "alert"))
+            earlier = read_kinds(self._sink.path, ("alert",))
+            self._alerts.take(record for record in earlier if record["step"] < step)
+        except OSError as error:
+            self._give_up(error)
+
+    def _record(self, records: list[dict[str, Any]]) -> None:
+        if self._sink is None:
+            return
+        try:
+            for record in records:
+                self._sink.write(record)
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """Training goes on, also for the ranks that would wait for this one."""
+        say(f"writes no more load records: {error}; make room at ssr.monitor.path and restart from a checkpoint")
+        self._sink = None
+
+
+@atexit.register
+def _settle_all() -> None:
+    for monitor in list(_alive):
+        monitor.settle()
+
 
 def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _ranks_of_experts(model: nn.Module, name: str) -> list[int]:
-    """The ranks that share the experts of a router, in the order of the experts they hold; empty for one alone."""
-    router, block = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
-    # TopKGate knows its group; of AutoEP's router, the layer it is in.
-    group = getattr(router, "ep_group", None) or getattr(block, "ep_group", None)
-    return [] if group is None else dist.get_process_group_ranks(group)
 
 
 def say(sentence: str) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.moe.sharded_moe import TopKGate
 from torch import nn
 
@@ -13,7 +14,7 @@ from ssr_deepspeed.config import SSRConfig
 from ssr_deepspeed.gate import SSRGate
 from ssr_deepspeed.hosts import deepspeed_moe, inspection
 from ssr_deepspeed.monitor import LoadMonitor, Pass, Sample, sample_pass
-from ssr_deepspeed.router import Router, has_own_forward, recomputes
+from ssr_deepspeed.router import LocalHook, Router, has_own_forward, recomputes
 from ssr_deepspeed.routing import asked_routes, routes_of_each
 from ssr_deepspeed.token_router import HostContract, Padding, TokenRouter, refusal
 
@@ -25,6 +26,8 @@ class Found:
     module: nn.Module
     contract: HostContract | None
     """Of a router that returns weights and indices; None for `TopKGate`."""
+    experts_group: Any = None
+    """The process group that shares the layer's experts; None without expert parallelism."""
 
     @property
     def experts(self) -> int:
@@ -42,6 +45,8 @@ class Found:
                 "shadow SSR: remove that hook before the engine is built"
             )
         if self.contract is not None:
+            if config.scope == "expert_parallel" and self.experts_group is None and dist.is_initialized():
+                return 'ssr.scope = "expert_parallel" needs expert parallelism, and this router has none around it'
             return refusal(config)
         assert isinstance(self.module, TopKGate)
         return SSRGate.refusal(self.module)
@@ -49,7 +54,9 @@ class Found:
     def adopt(self, config: SSRConfig, layer: int, data_parallel_group: Any, padding: Padding) -> Router:
         """Make it one of SSR's, in place."""
         if self.contract is not None:
-            return TokenRouter.adopt(self.module, self.contract, config, layer, data_parallel_group, padding)
+            return TokenRouter.adopt(
+                self.module, self.contract, config, layer, data_parallel_group, padding, self.experts_group
+            )
         assert isinstance(self.module, TopKGate)
         return SSRGate.adopt(self.module, config, layer, data_parallel_group)
 
@@ -82,11 +89,16 @@ class Found:
 
             monitor.sample(layer, solution is not None, look)
 
-        return self.module.register_forward_hook(hook)
+        return self.module.register_forward_hook(LocalHook(hook))
 
 
 def find_routers(model: nn.Module) -> tuple[dict[str, Found], dict[str, str]]:
     """Every router of the model by name; and what looks like one beside experts but cannot be served, with reasons."""
-    gates = {name: Found(gate, None) for name, gate in deepspeed_moe.find_gates(model).items()}
+    gates = {name: Found(gate, None, gate.ep_group) for name, gate in deepspeed_moe.find_gates(model).items()}
     served, refused = inspection.find_token_routers(model)
-    return gates | {name: Found(module, contract) for name, (module, contract) in served.items()}, refused
+    routers = {}
+    for name, (module, contract) in served.items():
+        # AutoEP's layer around its router knows the group.
+        around = model.get_submodule(name.rpartition(".")[0])
+        routers[name] = Found(module, contract, getattr(around, "ep_group", None))
+    return gates | routers, refused

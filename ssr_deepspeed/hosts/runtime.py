@@ -11,14 +11,15 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from ssr_deepspeed.collectives import host_groups, maximum_over
+from ssr_deepspeed.collectives import gather_objects, host_groups, maximum_over
 from ssr_deepspeed.config import SSRConfig
+from ssr_deepspeed.gate import SSRGate
 from ssr_deepspeed.hosts.finite import FiniteWatch, NonfiniteLogitsError
 from ssr_deepspeed.hosts.monitoring import EngineMonitor, say
 from ssr_deepspeed.hosts.routers import Found
 from ssr_deepspeed.hosts.rules import RuleStates
 from ssr_deepspeed.monitor.sinks import JsonLines
-from ssr_deepspeed.router import Router, RouterState
+from ssr_deepspeed.router import LocalHook, Router, RouterState
 from ssr_deepspeed.token_router import Padding
 
 
@@ -52,7 +53,7 @@ class EngineRuntime:
         self._hooks: list[Any] = []
         self._padding = Padding()
         if any(gate.contract is not None for gate in gates.values()):
-            self._hooks.append(engine.module.register_forward_pre_hook(self._padding.read, with_kwargs=True))
+            self._hooks.append(engine.module.register_forward_pre_hook(LocalHook(self._padding.read), with_kwargs=True))
         self._finite: FiniteWatch | None = None
         self._rules: RuleStates | None = None
         self._scale = 1.0
@@ -129,9 +130,12 @@ class EngineRuntime:
             self._finite.forget()
         if self._monitor:
             self._monitor.after_load((saved or {}).pop("monitor", None), engine.global_steps)
-        sentence = self._rules.load(saved) if self._rules else None
-        if sentence and engine.global_rank == 0:
-            say(sentence)
+        if self._rules:
+            # The first rank may hold no routers.
+            sentences = gather_objects(self._rules.load(saved))
+            if any(sentences) and engine.global_rank == 0:
+                say(next(filter(None, sentences)))
+        self._set_step(engine.global_steps)
 
     def after_step(self, engine: DeepSpeedEngine) -> None:
         """Commit the rules' state, toss the next step's coin, close this step; at the monitor's interval, report."""
@@ -165,17 +169,19 @@ def _same_gates(engine: DeepSpeedEngine) -> Any:
 
 
 def _introduce_peers(gates: dict[str, Router], engine: DeepSpeedEngine) -> None:
-    """Tell the first gate of each expert-parallel group whom it exchanges buffers with.
+    """Tell the first gate of each kind whom it exchanges buffers with.
 
-    It asks for all that come after it in the same pass, whose tokens are the same. On an accelerator hosts need
-    groups of their own to talk.
+    It asks for all that come after it in the same pass and make the same capacity of the same tokens. On an
+    accelerator hosts need groups of their own to talk.
     """
-    firsts: dict[Any, Router] = {}
+    firsts: dict[tuple[Any, ...], SSRGate] = {}
     for gate in sorted(gates.values(), key=lambda gate: gate.ssr.layer):
-        firsts.setdefault(gate.expert_parallel_group, gate)
-    own = list(firsts)
-    for group, peers in zip(own, own if engine.device.type == "cpu" else host_groups(own), strict=True):
-        firsts[group].ssr.peers = peers
+        if isinstance(gate, SSRGate) and gate.drop_tokens:
+            capacity = (gate.k, gate.capacity_factor, gate.eval_capacity_factor, gate.min_capacity)
+            firsts.setdefault((gate.ep_group, gate.router_sizes[0], *capacity), gate)
+    own = [gate.ep_group for gate in firsts.values()]
+    for gate, peers in zip(firsts.values(), own if engine.device.type == "cpu" else host_groups(own), strict=True):
+        gate.ssr.peers = peers
 
 
 def _torch_scaler(engine: DeepSpeedEngine) -> Any:

@@ -54,10 +54,22 @@ class Alerts:
         self._open: dict[tuple[str, str, int | None], Record] = {}
         self._dead: dict[tuple[str, int], tuple[int, int]] = {}
 
+    @property
+    def streaks(self) -> dict[tuple[str, int], tuple[int, int]]:
+        """By layer and expert: for how many windows it has been dead, and since which step."""
+        return dict(self._dead)
+
+    def resume(self, streaks: dict[tuple[str, int], tuple[int, int]]) -> None:
+        """Begin anew, with the streaks of a checkpoint."""
+        self._open, self._dead = {}, dict(streaks)
+
     def take(self, records: Iterable[Record]) -> None:
-        """Take over the alerts that a run has written before it was resumed."""
+        """Take over the alerts that a run has written before it was resumed, of kinds that are still asked for."""
         for record in records:
             key = (record["alert"], record["layer"], record["expert"])
+            asked = self.config.dead_windows if key[0] == "dead_expert" else getattr(self.config, key[0], None)
+            if asked is None or (key[0] == "dead_expert" and not asked):
+                continue
             if record["state"] == "raised":
                 self._open[key] = record
             else:

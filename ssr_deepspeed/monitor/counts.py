@@ -100,7 +100,7 @@ class _Rows:
         self._places_N: Tensor | None = None
         if places != tuple(range(len(places))):
             # Pinned, and so copied without waiting for the device.
-            places_N = torch.tensor(places, pin_memory=like.device.type == "cuda")
+            places_N = torch.tensor(places, device="cpu", pin_memory=like.device.type == "cuda")
             self._places_N = places_N.to(like.device, non_blocking=True)
 
     def set_solutions(self, solutions: list[Solution | None]) -> None:
@@ -278,6 +278,8 @@ class LoadMonitor:
             self._sampled = {layer: bool(solved[layer]) for layer in seen.nonzero().flatten().tolist()}
         if self._rank == 0:  # the others' counts are in it
             self._parts["steps"][: self._row] = saved["steps"]
+            slots = saved["rest"][self._sizes[1] :][: len(self.layers)]  # where they are for any number of ranks
+            self._parts["slots"].copy_(slots.view(-1, 1))
             if same_ranks:
                 rest.copy_(saved["rest"])
                 self._parts["present"].zero_()  # every rank says so again
@@ -360,7 +362,8 @@ class LoadMonitor:
         """The buffer's sum over all ranks."""
         total = self._buffer.clone()
         parts = self._views(total)
-        parts["slots"][:, 0] += torch.tensor(self._slots, dtype=torch.float64).to(total.device)
+        slots_L = torch.tensor(self._slots, dtype=torch.float64, device="cpu", pin_memory=total.device.type == "cuda")
+        parts["slots"][:, 0] += slots_L.to(total.device, non_blocking=True)
         for layer in self._places:
             parts["present"][layer, self._rank] = 1
         if dist.is_initialized() and dist.get_world_size() > 1:

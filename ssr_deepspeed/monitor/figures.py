@@ -139,12 +139,12 @@ def _alerts(records: list[Record]) -> list[Record]:
     open_rows: dict[tuple[Any, ...], Record] = {}
     for record in records:
         key = (record.get("alert"), record.get("layer"), record.get("expert"))
-        if record.get("state") == "raised":
+        if record.get("state") == "raised" and key not in open_rows:
             row = {name: record.get(name) for name in ("alert", "layer", "expert", "since", "value", "threshold")}
             row |= {"over": None, "advice": record.get("advice")}
             rows.append(row)
             open_rows[key] = row
-        elif key in open_rows:
+        elif record.get("state") == "cleared" and key in open_rows:
             open_rows.pop(key)["over"] = record["step"]
     return sorted(reversed(rows), key=lambda row: row["over"] is not None)
 
@@ -156,10 +156,12 @@ def summary(log: RunLog, train: list[Record], evaluation: list[Record], load: li
         figures["optimizer steps"] = f"{max(records[-1]['step'] for records in (train, load) if records):,}"
     if train:
         last, speeds = train[-1], sorted(r["tokens_per_second"] for r in train if r.get("tokens_per_second"))
-        figures["training tokens"] = f"{last['tokens']:,}"
-        figures["training time"] = f"{last['seconds'] / 60:.1f} min"
+        if "tokens" in last:
+            figures["training tokens"] = f"{last['tokens']:,}"
+        if "seconds" in last:
+            figures["training time"] = f"{last['seconds'] / 60:.1f} min"
         figures["tokens a second (median)"] = f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "-"
-        figures["training loss (last record)"] = f"{_number(last['loss'])} nats"
+        figures["training loss (last record)"] = f"{_number(last.get('loss'))} nats"
     if load:
         figures["share of transport steps"] = _percent(transport_share(load))
     figures |= _at_evaluation([record for record in evaluation if record.get("final")][-1:])

@@ -62,7 +62,7 @@ class MonitorServer(ThreadingHTTPServer):
             raise ValueError(f"cannot listen at {host}, port {port}: {error}; try another --port") from None
         address, self.port = self.server_address[:2]
         # None: any.
-        self.names = {"localhost", "127.0.0.1", "::1", host} if ip_address(str(address)).is_loopback else None
+        self.names = {"localhost", "127.0.0.1", "::1", host.lower()} if ip_address(str(address)).is_loopback else None
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/"
         self.page = page(None).encode()
         self._lock = threading.Lock()
@@ -72,7 +72,9 @@ class MonitorServer(ThreadingHTTPServer):
     def data(self) -> tuple[str, bytes]:
         """What the page shows now, and a tag that changes when it does."""
         with self._lock:
-            if any([log.refresh() for log in self.logs]) or self._data is None:
+            if any([log.refresh() for log in self.logs]):
+                self._data = None  # until the new one is there: it may fail
+            if self._data is None:
                 self._data = data_json(page_data(self.logs)).encode()
                 self._version += 1
             return f'"{id(self)}-{self._version}"', self._data

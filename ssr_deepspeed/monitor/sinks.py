@@ -35,15 +35,25 @@ class JsonLines:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
+        try:
+            moved = os.fstat(self._file.fileno()).st_ino != self.path.stat().st_ino
+        except FileNotFoundError:
+            moved = True
+        if moved:  # another writer has rewritten the file
+            self._file.close()
+            self._file = self.path.open("a", encoding="utf-8")
         self._file.write(_line(record))
         self._file.flush()
 
     def forget_after(self, step: int, kinds: Collection[str]) -> None:
         """Drop the records of these kinds and later steps: a run that resumes at `step` writes them again."""
-        if any(record["step"] > step for record in read_kinds(self.path, kinds)):
-            self._file.close()
-            keep_records(self.path, lambda record: record.get("kind") not in kinds or record["step"] <= step)
-            self._file = self.path.open("a", encoding="utf-8")
+        if not any(_is_after(step, record) for record in read_kinds(self.path, kinds)):
+            return
+        with self.path.open(encoding="utf-8") as file:
+            kept = [line for line in file if not any(_is_after(step, record) for record in _of_kinds(line, kinds))]
+        self._file.close()
+        replace_text(self.path, "".join(kept))
+        self._file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         self._file.close()
@@ -64,11 +74,24 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
 
 def read_kinds(path: str | Path, kinds: Collection[str]) -> Iterator[dict[str, Any]]:
     """The records of these kinds; lines of others are not parsed, which for long ones takes most of the time."""
-    marks = tuple(f'{{"kind":{space}"{kind}"' for kind in kinds for space in ("", " "))
     with Path(path).open(encoding="utf-8") as file:
         for line in file:
-            if line.startswith(marks) and line.endswith("}\n"):
-                yield json.loads(line)
+            yield from _of_kinds(line, kinds)
+
+
+def _of_kinds(line: str, kinds: Collection[str]) -> list[dict[str, Any]]:
+    """The record of a line if it is of these kinds. A damaged one is none: the readers count it."""
+    marks = tuple(f'{{"kind":{space}"{kind}"' for kind in kinds for space in ("", " "))
+    try:
+        return [json.loads(line)] if line.startswith(marks) and line.endswith("}\n") else []
+    except ValueError:
+        return []
+
+
+def _is_after(step: int, record: dict[str, Any]) -> bool:
+    """Whether a run that resumes at `step` has not written the record yet. What stops a run bears the step before."""
+    stops = record["kind"] == "alert" and record["value"] is None
+    return record["step"] > step - stops
 
 
 def keep_records(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:

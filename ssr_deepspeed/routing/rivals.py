@@ -82,7 +82,7 @@ class NoisyTopK(Rule):
             "noise": self._noise_EM,
             "mean": self._zeros(experts, width),
             "square": self._zeros(experts, width),
-            "steps": torch.zeros(()),
+            "steps": torch.zeros((), device="cpu"),
         }
         self._adam.state[self._noise_EM] = {
             "step": self.state["steps"],

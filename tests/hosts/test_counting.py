@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ssr_deepspeed
 import ssr_deepspeed.monitor.counts
+from ssr_deepspeed.monitor.records import RunLog
 from ssr_deepspeed.monitor.sinks import scalars
 from tests.gloo import run_ranks
 from tests.hosts.families import tiny_model
@@ -234,6 +235,50 @@ def test_a_run_resumed_within_a_window_writes_what_an_uninterrupted_one_does(tmp
     assert any(record["kind"] == "alert" for record in whole)
     without_time = [[{**record, "time": 0} for record in records] for records in (whole, resumed)]
     assert without_time[0] == without_time[1]
+
+
+def _looked_at_and_begun_again(folder):
+    """Windows and open alerts after: a run, a look at its older checkpoint, another run on its file, a full disk."""
+    ssr_deepspeed.install()
+    path = folder / "load.jsonl"
+    alerts = {"dead_windows": 0, "max_vio": 0.0}
+    block = {"enabled": False, "monitor": {"interval": 2, "path": str(path), "alerts": alerts}}
+    found = []
+
+    def train(engine, steps):
+        for _ in range(steps):
+            engine.backward(engine(torch.randn(1, 8, WIDTH)).square().mean())
+            engine.step()
+        log = RunLog(path)
+        found.append((log.steps("load"), {alert["since"] for alert in log.raised()}))
+
+    engine = build_engine(ToyModel(), block, zero=1)
+    train(engine, 2)
+    engine.save_checkpoint(folder / "checkpoint")
+    train(engine, 4)
+    engine.load_checkpoint(folder / "checkpoint")
+    found.append((RunLog(path).steps("load"), None))
+    with path.open("a") as file:
+        file.write('{"kind":"alert","step":6,"damaged}\n')
+    train(engine, 2)
+    train(build_engine(ToyModel(), block), 2)
+    broken = build_engine(ToyModel(), block)
+    broken.ssr._monitor._sink._file = open("/dev/full", "a")  # noqa: SIM115
+    broken.ssr._monitor._sink.path = Path("/dev/full")
+    train(broken, 4)
+    return found
+
+
+def test_records_outlive_a_look_at_an_older_checkpoint_a_full_disk_and_another_run(tmp_path):
+    (found,) = run_ranks(1, _looked_at_and_begun_again, tmp_path, folder=tmp_path)
+    assert found == [
+        ([2], {0}),
+        ([2, 4, 6], {0}),
+        ([2, 4, 6], None),
+        ([2, 4], {0}),
+        ([2], {0}),
+        ([2], {0}),
+    ]
 
 
 def _csv(folder):

@@ -109,7 +109,8 @@ def _gate_runs(paired, drops):
                 engine.step()
                 outputs.append(out.detach())
             gates = [gate.wg.weight.detach().clone() for gate in _gates(engine)]
-            demand = engine.ssr.monitor._collect(0, 4).demand_WLE
+            counts = engine.ssr._monitor.counts
+            demand = counts.save()["steps"][..., :EXPERTS] / counts.copies
             found.append((outputs, gates, _states(engine), routes, demand, [_capacity(output) for output in routes]))
     return found
 

@@ -8,6 +8,8 @@ import torch
 
 from ssr_deepspeed.config import SSRConfig
 from ssr_deepspeed.hosts.inspection import HostContract, find_token_routers, inspect_host
+from ssr_deepspeed.hosts.routers import Found
+from ssr_deepspeed.monitor import LoadMonitor
 from ssr_deepspeed.token_router import Padding, TokenRouter, refusal
 from tests.hosts.families import FAMILIES, tiny_model
 
@@ -204,6 +206,8 @@ def test_padding_of_the_attention_mask_is_neither_balanced_nor_counted():
     torch.testing.assert_close(routers[0].ssr.solution.potentials, potentials)
     model(input_ids=tokens)
     assert int(routers[0].ssr.demand_E.sum()) == 2 * 32
+    model(tokens, mask)
+    assert int(routers[0].ssr.demand_E.sum()) == 2 * 26
 
 
 def test_a_router_is_copied_and_pickled_as_the_hosts_own_and_released_to_it():
@@ -211,12 +215,16 @@ def test_a_router_is_copied_and_pickled_as_the_hosts_own_and_released_to_it():
     host = type(model.model.layers[0].mlp.gate)
     before = set(vars(model.model.layers[0].mlp.gate))
     router = take_over(model, {"rule": "carried"})[0]
+    monitor = LoadMonitor(["router"], [8], 1, torch.device("cpu"))
+    handle = Found(router, router.contract).count(monitor, 0, router.padding)
     assert isinstance(router, host)
     assert type(router) is not host
     for other in (copy.deepcopy(router), pickle.loads(pickle.dumps(router))):
         assert type(other) is host
         assert torch.equal(other.weight, router.weight)
-        assert len(other(torch.randn(3, 32))) == 3
+        assert len(other.train()(torch.randn(3, 32))) == 3
+    assert not monitor.end_step(0).demand_WLE.any(), "a copy is not counted"
+    handle.remove()
     assert type(router.release()) is host
     assert set(vars(router)) == before
 

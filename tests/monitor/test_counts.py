@@ -135,7 +135,7 @@ def test_a_straggler_is_the_fullest_rank_of_each_micro_batch_and_then_the_mean(m
     assert layer_metrics(window)["b"]["straggler"] is None
 
 
-def test_a_window_goes_on_from_a_checkpoint_as_if_nothing_had_happened():
+def test_a_window_goes_on_from_a_checkpoint_as_if_nothing_had_happened(monkeypatch):
     def step(monitor, number):
         for layer in (0, 1):
             generator = torch.Generator().manual_seed(10 * number + layer)
@@ -152,7 +152,17 @@ def test_a_window_goes_on_from_a_checkpoint_as_if_nothing_had_happened():
     step(resumed, 7)  # of a run that is left
     resumed.load(saved)
     step(whole, 2), step(resumed, 2)
-    assert layer_metrics(step(whole, 3)) == layer_metrics(step(resumed, 3))
+    figures = layer_metrics(step(whole, 3))
+    assert figures == layer_metrics(step(resumed, 3))
+    monkeypatch.setattr(ssr_deepspeed.monitor.counts.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(ssr_deepspeed.monitor.counts.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(ssr_deepspeed.monitor.counts.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(ssr_deepspeed.monitor.counts.dist, "all_reduce", lambda total: None)
+    more_ranks = make_monitor(interval=4)
+    more_ranks.load(saved)
+    step(more_ranks, 2)
+    assert layer_metrics(step(more_ranks, 3))["layer 0"]["slot_fill"] == figures["layer 0"]["slot_fill"]
+    monkeypatch.undo()
     other = make_monitor(interval=5)
     other.load(saved)
     assert [other.end_step(number) for number in range(2, 4)] == [None, None]

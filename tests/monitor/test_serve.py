@@ -80,7 +80,10 @@ def test_a_foreign_name_that_leads_here_is_refused(server):
 def test_the_command_says_where_it_listens_and_ends_at_an_interrupt(tmp_path):
     folder = write_load(tmp_path / "run", (0, 5))
     command = [sys.executable, "-m", "ssr_deepspeed.monitor", "serve", str(folder), "--port", "0"]
+    # A shell's job in the background ignores the interrupt, and so would what it starts.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, handler)
     try:
         url = process.stdout.readline().split()[0]
         host, _, port = url.removeprefix("http://").rstrip("/").partition(":")
