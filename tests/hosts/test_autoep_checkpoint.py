@@ -5,9 +5,11 @@ import io
 from pathlib import Path
 from types import SimpleNamespace
 
+import deepspeed
 import pytest
 import torch.distributed as dist
 from deepspeed.checkpoint.ds_to_universal import main as convert
+from packaging.version import Version
 
 from tests.gloo import run_ranks
 from tests.hosts.families import skip_where_autoep_crashes, tiny_model
@@ -67,6 +69,10 @@ def _there_and_back(folder, stage):
     return _written(folder, stage), _read(folder, 2, stage)
 
 
+@pytest.mark.skipif(
+    Version(deepspeed.__version__) <= Version("0.19.3"),
+    reason="its ds_to_universal refuses a checkpoint that has no files of pipeline layers",
+)
 @pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_rules_state_travels_in_a_universal_checkpoint_to_the_same_split_and_another(stage, tmp_path):
     skip_where_autoep_crashes("mixtral")
