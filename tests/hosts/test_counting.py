@@ -2,6 +2,7 @@
 
 import csv
 import json
+import resource
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -263,9 +264,12 @@ def _looked_at_and_begun_again(folder):
     train(engine, 2)
     train(build_engine(ToyModel(), block), 2)
     broken = build_engine(ToyModel(), block)
-    broken.ssr._monitor._sink._file = open("/dev/full", "a")  # noqa: SIM115
-    broken.ssr._monitor._sink.path = Path("/dev/full")
+    # No file may grow: as on a full disk.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, hard))
     train(broken, 4)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert broken.ssr.report["step"] == 4
     return found
 
 
