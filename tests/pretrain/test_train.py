@@ -39,7 +39,7 @@ def timeless(record):
     return {key: value for key, value in record.items() if key not in ("seconds", "tokens_per_second", "time")}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, precision):
     """Losses, loads and evaluations of a run killed at step 7 and resumed from step 4."""
     extra = {"bf16": {"enabled": True}} if precision == "bf16" else {}
