@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ssr_deepspeed
 import ssr_deepspeed.monitor.counts
+from ssr_deepspeed.gate import HOST_HAS_SPARSE_ROUTES
 from ssr_deepspeed.monitor.records import RunLog
 from ssr_deepspeed.monitor.sinks import scalars
 from tests.gloo import run_ranks
@@ -191,6 +192,7 @@ def _every_host_in_every_mode(hosts):
         assert len(set(reductions)) == 1
 
 
+@pytest.mark.skipif(not HOST_HAS_SPARSE_ROUTES, reason="this DeepSpeed's gates return no indices to count against")
 @pytest.mark.parametrize("hosts", [["TopKGate", "SSRGate"], list(HOSTS)[2:]], ids=["native", "token routers"])
 def test_every_training_route_is_counted_once_without_a_wait_and_reduced_once_a_window(tmp_path, hosts):
     """Under each kind of activation checkpointing, against the indices that routers returned without it."""
