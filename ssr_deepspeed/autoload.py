@@ -71,15 +71,15 @@ def _install_at_first_engine(module: ModuleType) -> None:
     original = engine.__init__
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        from ssr_deepspeed.hosts.engine import install
+        from ssr_deepspeed.hosts.engine import equip, install
 
         if vars(engine)["__init__"] is __init__:
             engine.__init__ = original
-            install()
-            engine.__init__(self, *args, **kwargs)
-        else:  # wrapped over by another plugin, which stays; SSR acts from the next engine on
-            install()
-            original(self, *args, **kwargs)
+        # Else another plugin has wrapped this: it stays, and `install` wraps it for the engines to come.
+        first = install()
+        original(self, *args, **kwargs)
+        if first:
+            equip(self)
 
     __init__.ssr_replaces = original  # type: ignore[attr-defined]
     engine.__init__ = __init__

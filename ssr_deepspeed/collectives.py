@@ -55,11 +55,17 @@ def numbers_of(group: Any, numbers: Sequence[int]) -> dict[int, list[int]]:
     return dict(zip(dist.get_process_group_ranks(group), (each.tolist() for each in theirs), strict=True))
 
 
-def host_groups(groups: Sequence[Any]) -> list[Any]:
+def host_groups(groups: Sequence[Any], device: torch.device) -> list[Any]:
     """For each group one of the same ranks that takes tensors on the CPU; None for one rank alone.
 
     Every rank of the job must call it, with groups or without.
+
+    Args:
+        groups: of this rank.
+        device: whose tensors they take.
     """
+    if device.type == "cpu":
+        return [None if _alone(group) else group for group in groups]
     own = [() if _alone(group) else tuple(dist.get_process_group_ranks(group)) for group in groups]
     wanted = sorted({ranks for theirs in gather_objects(own) for ranks in theirs if ranks})
     made = {ranks: dist.new_group(list(ranks), backend="gloo") for ranks in wanted}

@@ -220,8 +220,8 @@ class SSRGate(Router, TopKGate):
         if self.ssr.peers is None or torch.compiler.is_compiling() or recomputes():
             return
         sizes = numbers_of(self.ssr.peers, (capacity, tokens))
-        most, least = max(sizes, key=lambda rank: sizes[rank]), min(sizes, key=lambda rank: sizes[rank])
-        if sizes[most][0] != sizes[least][0]:
+        if any(theirs[0] != capacity for theirs in sizes.values()):
+            most, least = max(sizes, key=lambda rank: sizes[rank]), min(sizes, key=lambda rank: sizes[rank])
             found = " and ".join(f"{sizes[r][1]} on rank {r} (capacity {sizes[r][0]})" for r in (most, least))
             raise ValueError(
                 f"router {self.ssr.layer} got unequal numbers of tokens: {found}, and the experts of these ranks can "

@@ -68,30 +68,28 @@ class Padding:
     def __init__(self) -> None:
         self._mask: Tensor | None = None
         self._used: Tensor | None = None
+        self._position: int | None = None
 
     def read(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pre-hook of the model: keep its `attention_mask` if it has one number a token."""
         mask = kwargs.get("attention_mask")
         if mask is None and len(args) > 1:
-            names = list(inspect.signature(model.forward).parameters)
-            mask = dict(zip(names, args, strict=False)).get("attention_mask")
-        self._mask = None
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            # A model moves it to where its weights are.
-            self._mask = mask.to(next(model.parameters()).device, non_blocking=True)
+            if self._position is None:
+                names = list(inspect.signature(model.forward).parameters)
+                self._position = names.index("attention_mask") if "attention_mask" in names else len(names)
+            mask = args[self._position] if self._position < len(args) else None
+        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self._used = None
 
-    def mask(self, tokens: int) -> Tensor | None:
-        """Zero where a token is padding, of a pass over that many tokens; None where nothing is known."""
-        return self._mask if self._mask is not None and self._mask.numel() == tokens else None
+    def used(self, tokens: int, device: torch.device) -> Tensor | None:
+        """False where a token is padding, of a pass over that many tokens; None where nothing is known.
 
-    def used(self, tokens: int) -> Tensor | None:
-        """False where a token is padding, one tensor for all layers; None where nothing is known."""
-        mask = self.mask(tokens)
-        if mask is None:
+        One tensor for all layers, on their device: a model moves a mask there itself.
+        """
+        if self._mask is None or self._mask.numel() != tokens:
             return None
-        if self._used is None:
-            self._used = (mask != 0).reshape(-1)
+        if self._used is None or self._used.device != device:
+            self._used = (self._mask != 0).reshape(-1).to(device, non_blocking=True)
         return self._used
 
 
@@ -156,7 +154,9 @@ class TokenRouter(Router):
             own = super().forward(*args, **kwargs)
         logits_TE = logits.matrix().float()
         with torch.autocast(logits_TE.device.type, enabled=False):
-            choice, batch = self._choose(logits_TE, self.padding.mask(len(logits_TE)), logits.tokens())
+            choice, batch = self._choose(
+                logits_TE, self.padding.used(len(logits_TE), logits_TE.device), logits.tokens()
+            )
             effective_TE, by_plan = _effective(choice, logits_TE, self.contract.k)
         output = own
         if effective_TE is not None:

@@ -57,8 +57,19 @@ def test_a_wrong_value_says_so_and_breaks_nothing():
     assert "SSR_DEEPSPEED_AUTOLOAD='yes' is ignored; allowed: 0 and 1" in result.stderr
 
 
-@pytest.mark.parametrize("before", ["", "import ssr_deepspeed; ssr_deepspeed.install()"])
-def test_engines_of_a_script_obey_their_block_untouched_or_not(tmp_path, before):
+ANOTHER_PLUGIN = """
+from deepspeed.runtime.engine import DeepSpeedEngine
+def wrap(original):
+    def __init__(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        print("another plugin saw an engine")
+    return __init__
+DeepSpeedEngine.__init__ = wrap(DeepSpeedEngine.__init__)
+"""
+
+
+@pytest.mark.parametrize("before", ["", "import ssr_deepspeed; ssr_deepspeed.install()", ANOTHER_PLUGIN])
+def test_engines_of_a_script_obey_their_block_whatever_else_is_installed(tmp_path, before):
     script = tmp_path / "train.py"
     script.write_text(before + TRAIN)
     result = subprocess.run(
@@ -70,3 +81,4 @@ def test_engines_of_a_script_obey_their_block_untouched_or_not(tmp_path, before)
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("['SSRGate']") == 2
+    assert result.stdout.count("another plugin saw an engine") == (2 if before == ANOTHER_PLUGIN else 0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ssr_deepspeed.gate import SSRGate
 from ssr_deepspeed.monitor import LoadMonitor, Pass, Sample, sample_pass
-from ssr_deepspeed.router import LocalHook, recomputes
+from ssr_deepspeed.router import LocalHook
 
 
 def find_gates(model: nn.Module) -> dict[str, TopKGate]:
@@ -39,7 +39,7 @@ def count_routes(gate: TopKGate, monitor: LoadMonitor, layer: int) -> torch.util
     """Have `monitor` count every training pass of a gate, `SSRGate` or plain `TopKGate`."""
 
     def hook(module: TopKGate, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        if not module.training or recomputes():
+        if not module.training:
             return
         ssr = module.ssr if isinstance(module, SSRGate) else None
         capacity = output[1] if len(output) == 7 else output[1].shape[2]

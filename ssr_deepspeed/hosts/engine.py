@@ -48,14 +48,17 @@ _runtimes: weakref.WeakKeyDictionary[nn.Module, EngineRuntime] = weakref.WeakKey
 """By model, which may outlive its engine and get another."""
 
 
-def install() -> None:
+def install() -> bool:
     """Make every DeepSpeed engine built from now on obey its `"ssr"` block. Repeated calls do nothing.
+
+    Returns:
+        Whether this call did it.
 
     Raises:
         RuntimeError: this DeepSpeed lacks a method that SSR hangs on to.
     """
     if _originals:
-        return
+        return False
     wrappers = {
         "__init__": _wrap_init,
         "forward": _wrap_forward,
@@ -77,6 +80,7 @@ def install() -> None:
     newer = beyond_tested(deepspeed.__version__)
     if newer and os.environ.get("RANK", "0") == "0":
         say(newer)
+    return True
 
 
 def uninstall() -> None:
@@ -116,14 +120,23 @@ def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        runtime = _agree(self)
-        if runtime is not None:
-            self.ssr = runtime
-            _runtimes[self.module] = runtime
-        if self.global_rank == 0:
-            _announce(runtime)
+        equip(self)
 
     return __init__
+
+
+def equip(engine: DeepSpeedEngine) -> None:
+    """Have an engine whose construction is finished obey its `"ssr"` block; every rank calls it.
+
+    Raises:
+        ValueError: on every rank alike; see `_agree`.
+    """
+    runtime = _agree(engine)
+    if runtime is not None:
+        engine.ssr = runtime
+        _runtimes[engine.module] = runtime
+    if engine.global_rank == 0:
+        _announce(runtime)
 
 
 def _wrap_forward(original: Callable[..., Any]) -> Callable[..., Any]:

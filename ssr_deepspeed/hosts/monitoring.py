@@ -6,6 +6,7 @@ import atexit
 import sys
 import time
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -49,6 +50,7 @@ class EngineMonitor:
         sink: JsonLines | None,
     ) -> None:
         self._engine_monitor, self._sink = engine.monitor, sink
+        self._is_first = engine.global_rank == 0  # asked at the end of the process too, when there is no group
         self._samples = 0
         self._report: dict[str, Any] | None = None
         self.counts = LoadMonitor(
@@ -66,7 +68,8 @@ class EngineMonitor:
             if router.experts_group is not None:
                 self.counts.place(layer, dist.get_process_group_ranks(router.experts_group))
         self._alerts = Alerts(config.alerts)
-        # Whether nothing was written since the start or a checkpoint, at whose step; None: a file may be another run's.
+        # Whether nothing was written since the start or a checkpoint, and at whose step that was; None: at none that
+        # this run's records go on from.
         self._is_fresh = True
         self._resumed_at: int | None = None
         _alive.add(self)
@@ -99,11 +102,12 @@ class EngineMonitor:
     def after_load(self, saved: dict[str, Any] | None, step: int) -> None:
         """Go on where the checkpoint was: with its window's counts, without what was written after it."""
         self.settle()
-        if saved is not None and saved["step"] != step:  # its weights alone were loaded
-            saved = None
+        resumes = step > 0 and (saved is None or saved["step"] == step)
+        saved = saved if resumes else None
         self.counts.load(saved and saved["counts"])
         self._alerts.resume(saved["dead"] if saved else {})
-        self._report, self._is_fresh, self._resumed_at = None, True, step
+        # Where weights alone were loaded, the file is that of another run, and stays.
+        self._report, self._is_fresh, self._resumed_at = None, True, step if resumes else None
 
     def stopped(self, error: NonfiniteLogitsError) -> None:
         """Record what stops the run; it says so itself."""
@@ -131,7 +135,7 @@ class EngineMonitor:
         self._catch_up(self._report["step"])
         alerts = self._alerts.judge(self._report)
         self._record([*load_records(self._report), *alerts])
-        if not _is_first():
+        if not self._is_first:
             return
         for alert in alerts:
             say(sentence(alert))
@@ -166,6 +170,9 @@ class EngineMonitor:
     def _give_up(self, error: OSError) -> None:
         """Training goes on, also for the ranks that would wait for this one."""
         say(f"writes no more load records: {error}; make room at ssr.monitor.path and restart from a checkpoint")
+        if self._sink:
+            with suppress(OSError):  # of what is left in its buffer
+                self._sink.close()
         self._sink = None
 
 
@@ -173,10 +180,6 @@ class EngineMonitor:
 def _settle_all() -> None:
     for monitor in list(_alive):
         monitor.settle()
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def say(sentence: str) -> None:

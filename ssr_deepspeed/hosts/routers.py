@@ -10,11 +10,11 @@ import torch.distributed as dist
 from deepspeed.moe.sharded_moe import TopKGate
 from torch import nn
 
-from ssr_deepspeed.config import SSRConfig
+from ssr_deepspeed.config import RULES_OF_KEY, SSRConfig
 from ssr_deepspeed.gate import SSRGate
 from ssr_deepspeed.hosts import deepspeed_moe, inspection
 from ssr_deepspeed.monitor import LoadMonitor, Pass, Sample, sample_pass
-from ssr_deepspeed.router import LocalHook, Router, has_own_forward, recomputes
+from ssr_deepspeed.router import LocalHook, Router, has_own_forward
 from ssr_deepspeed.routing import asked_routes, routes_of_each
 from ssr_deepspeed.token_router import HostContract, Padding, TokenRouter, refusal
 
@@ -45,7 +45,8 @@ class Found:
                 "shadow SSR: remove that hook before the engine is built"
             )
         if self.contract is not None:
-            if config.scope == "expert_parallel" and self.experts_group is None and dist.is_initialized():
+            alone = not dist.is_initialized() or dist.get_world_size() == 1 or self.experts_group is not None
+            if config.scope == "expert_parallel" and config.rule in RULES_OF_KEY["scope"] and not alone:
                 return 'ssr.scope = "expert_parallel" needs expert parallelism, and this router has none around it'
             return refusal(config)
         assert isinstance(self.module, TopKGate)
@@ -68,7 +69,7 @@ class Found:
         contract = self.contract
 
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-            if not module.training or recomputes():
+            if not module.training:
                 return
             ssr = module.ssr if isinstance(module, TokenRouter) else None
             solution, indices_TK = None if ssr is None else ssr.solution, output[contract.indices_at]
@@ -76,14 +77,14 @@ class Found:
             if ssr is not None and ssr.demand_E is not None:
                 monitor.add(layer, Pass(ssr.demand_E, solution=solution))
             else:
-                monitor.add_routes(layer, indices_TK, padding.used(len(indices_TK)), solution)
+                monitor.add_routes(layer, indices_TK, padding.used(len(indices_TK), indices_TK.device), solution)
 
             def look() -> Sample | None:
                 logits_TE = contract.logits_of(module, inputs[0], output)
                 if logits_TE is None:
                     return None
                 potential = None if ssr is None else ssr.largest_potential()
-                used_T = padding.used(len(indices_TK))
+                used_T = padding.used(len(indices_TK), indices_TK.device)
                 demand_E = routes_of_each(indices_TK.long(), asked_routes(indices_TK, used_T), contract.experts)
                 return sample_pass(logits_TE, indices_TK.long(), demand_E, used_T, potential)
 

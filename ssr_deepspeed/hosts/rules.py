@@ -153,7 +153,7 @@ class RuleStates:
                     gate.ssr.transport = earlier[gate].transport
 
     def load(self, saved: dict[str, Any] | None) -> str | None:
-        """Take over a checkpoint's state; a sentence where it has none that fits, else None. One collective.
+        """Take over a checkpoint's state; a sentence where it has none that fits any rank, else None. One collective.
 
         Raises:
             ValueError: on all ranks, if a layer's state is missing or has another shape.
@@ -166,12 +166,15 @@ class RuleStates:
         kind, layers = (saved["kind"], saved["layers"]) if saved and saved["layers"] else ({}, {})
         fits = kind == _kind(self._config)
         problem = self._take(layers) if fits else None
-        for theirs in gather_objects(problem):
+        # A rank without routers, perhaps the first, misses nothing and hears of the others.
+        begins = not fits and any(gate.ssr.rule.state for gate in self._gates.values())
+        ranks = gather_objects((problem, begins))
+        for theirs, _ in ranks:
             if theirs:
                 raise ValueError(theirs)
         if fits and self._measures and self._device.type != "cpu":
             self._pending = to_host(self._uneven())  # as it was on its way when the checkpoint was saved
-        if fits or not any(gate.ssr.rule.state for gate in self._gates.values()):
+        if not any(begin for _, begin in ranks):
             return None
         for gate in self._gates.values():
             gate.renew_rule()

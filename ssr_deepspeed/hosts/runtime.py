@@ -11,7 +11,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from ssr_deepspeed.collectives import gather_objects, host_groups, maximum_over
+from ssr_deepspeed.collectives import host_groups, maximum_over
 from ssr_deepspeed.config import SSRConfig
 from ssr_deepspeed.gate import SSRGate
 from ssr_deepspeed.hosts.finite import FiniteWatch, NonfiniteLogitsError
@@ -130,11 +130,9 @@ class EngineRuntime:
             self._finite.forget()
         if self._monitor:
             self._monitor.after_load((saved or {}).pop("monitor", None), engine.global_steps)
-        if self._rules:
-            # The first rank may hold no routers.
-            sentences = gather_objects(self._rules.load(saved))
-            if any(sentences) and engine.global_rank == 0:
-                say(next(filter(None, sentences)))
+        sentence = self._rules.load(saved) if self._rules else None
+        if sentence and engine.global_rank == 0:
+            say(sentence)
         self._set_step(engine.global_steps)
 
     def after_step(self, engine: DeepSpeedEngine) -> None:
@@ -179,8 +177,8 @@ def _introduce_peers(gates: dict[str, Router], engine: DeepSpeedEngine) -> None:
         if isinstance(gate, SSRGate) and gate.drop_tokens:
             capacity = (gate.k, gate.capacity_factor, gate.eval_capacity_factor, gate.min_capacity)
             firsts.setdefault((gate.ep_group, gate.router_sizes[0], *capacity), gate)
-    own = [gate.ep_group for gate in firsts.values()]
-    for gate, peers in zip(firsts.values(), own if engine.device.type == "cpu" else host_groups(own), strict=True):
+    groups = [gate.ep_group for gate in firsts.values()]
+    for gate, peers in zip(firsts.values(), host_groups(groups, engine.device), strict=True):
         gate.ssr.peers = peers
 
 

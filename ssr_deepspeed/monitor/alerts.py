@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from ssr_deepspeed.config import AlertConfig
-from ssr_deepspeed.monitor.names import DEAD_BELOW
+from ssr_deepspeed.monitor.names import DEAD_BELOW, LESS_IS_WORSE
 
 Record = dict[str, Any]
 
@@ -25,9 +25,6 @@ ADVICE = {
     "nonfinite": "look for a diverging loss (learning rate, data) and go on from an earlier checkpoint",
 }
 """What to try, by kind of alert."""
-
-# Figures for which less is worse.
-_BELOW = {"router_entropy"}
 
 
 class _Cause(NamedTuple):
@@ -123,7 +120,7 @@ class Alerts:
                 value = figures[kind]
                 if value is None:
                     continue
-                if kind in _BELOW:
+                if kind in LESS_IS_WORSE:
                     over, raised = value >= 1.1 * threshold, value < threshold
                 else:
                     over, raised = value <= 0.9 * threshold, value > threshold
@@ -136,7 +133,7 @@ def sentence(record: Record) -> str:
     if record["value"] is None:
         begins = f"alert: {record['alert']} of {where} in step {record['since']}, which stopped the run"
         return f"{begins}; try: {record['advice']}"
-    sign = "<" if record["alert"] in _BELOW or record["alert"] == "dead_expert" else ">"
+    sign = "<" if record["alert"] in (*LESS_IS_WORSE, "dead_expert") else ">"
     figure = "load over the mean" if record["alert"] == "dead_expert" else record["alert"]
     if record["state"] == "cleared":
         return f"alert over: {record['alert']} of {where} (since step {record['since']}, now {record['value']:.3g})"

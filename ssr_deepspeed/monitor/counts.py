@@ -213,9 +213,7 @@ class LoadMonitor:
 
     def sample(self, layer: int, transport: bool, look: Callable[[], Sample | None]) -> None:
         """Have a closer look at one training pass of each layer and window: the first, or the first transport pass."""
-        if self._sampled.get(layer, False) >= transport and layer in self._sampled:
-            return
-        if recomputes():
+        if self._sampled.get(layer, -1) >= transport or recomputes():
             return
         self._sampled[layer] = transport
         with torch.no_grad():

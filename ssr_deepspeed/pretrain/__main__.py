@@ -26,7 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
     from deepspeed.accelerator import get_accelerator
 
     from ssr_deepspeed.pretrain.config import load_run
-    from ssr_deepspeed.pretrain.train import Existing, Run
+    from ssr_deepspeed.pretrain.folder import Existing
+    from ssr_deepspeed.pretrain.train import Run
 
     try:
         config = load_run(options.config, options.set)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import math
 import os
-import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import deepspeed
 import deepspeed.comm as dist
@@ -23,20 +19,16 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from tqdm import tqdm
 
 from ssr_deepspeed.collectives import gather_objects
-from ssr_deepspeed.files import replace_text
 from ssr_deepspeed.hosts.engine import initialize
-from ssr_deepspeed.monitor.metrics import finite
-from ssr_deepspeed.monitor.records import RunLog
+from ssr_deepspeed.monitor.records import METRICS, RunLog
 from ssr_deepspeed.monitor.report import write_report
-from ssr_deepspeed.monitor.sinks import JsonLines, keep_records, read_json_lines
+from ssr_deepspeed.monitor.sinks import JsonLines, read_json_lines
 from ssr_deepspeed.pretrain import checkpoint, data
 from ssr_deepspeed.pretrain.config import ModelConfig, RunConfig
 from ssr_deepspeed.pretrain.evaluate import evaluate
+from ssr_deepspeed.pretrain.folder import Existing, claim
 from ssr_deepspeed.pretrain.model import MoELanguageModel
-
-METRICS = "metrics.jsonl"
-LOCK = ".lock"
-Existing = Literal["refuse", "resume", "overwrite"]
+from ssr_deepspeed.pretrain.progress import Progress
 
 
 class Run:
@@ -64,7 +56,7 @@ class Run:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         prepared = _together(lambda: data.prepare(config.data), here=local_rank == 0)
         self.corpus = data.open_corpus(prepared[self.rank - local_rank], config.data.sequence_length)
-        _together(lambda: self._claim_folder(existing), here=self.rank == 0)
+        _together(lambda: self._claim(existing), here=self.rank == 0)
         torch.manual_seed(config.seed + self.rank)
         self.engine = _build_engine(self.config, self.corpus.vocabulary, self.rank)
         self.first_step = checkpoint.load(self.engine, folder / "checkpoints") if existing == "resume" else 0
@@ -74,30 +66,11 @@ class Run:
             if existing == "resume":
                 print(f"resuming {folder} after step {self.first_step} of {config.steps}", flush=True)
 
-    def _claim_folder(self, existing: Existing) -> None:
-        """Rank 0's part before the engine is built: make the folder this run's."""
+    def _claim(self, existing: Existing) -> None:
+        """Rank 0's part before the engine is built."""
         for folder in self.compare:
             RunLog(folder)  # says so where there is none
-        resolved = self.config.to_dict()
-        file = self.folder / "config.json"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / LOCK).open("w")
-        try:  # released by the system when this process ends, however it ends
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is still writing to {self.folder}: wait for it or end it") from None
-        if existing == "overwrite":
-            _clear(self.folder)
-        if (self.folder / METRICS).exists():
-            if existing == "refuse":
-                raise ValueError(
-                    f"{self.folder} holds a run already: --resume it, --overwrite it or name another --output"
-                )
-            _check_same(json.loads(file.read_text(encoding="utf-8")), resolved, file)
-        replace_text(file, json.dumps(resolved, indent=2) + "\n")
-        # Before anyone opens the file to append: this replaces it. What a resumed run does again goes.
-        step = checkpoint.latest_step(self.folder / "checkpoints")
-        keep_records(self.folder / METRICS, lambda record: record["step"] <= step and not record.get("final"))
+        self._lock = claim(self.folder, self.config.to_dict(), existing)
 
     def train(self) -> dict[str, Any]:
         """Train to the last step, evaluate on all held-out text, and save. The last evaluation."""
@@ -188,70 +161,6 @@ class Run:
             print(f"report: {self.folder / 'report.html'}", flush=True)
 
 
-class Progress:
-    """Throughput and the progress line: a live bar on a terminal, one line a record elsewhere."""
-
-    def __init__(self, config: RunConfig, first_step: int, sequences_per_step: int, rank: int, elapsed: float) -> None:
-        self.tokens_per_step = sequences_per_step * config.data.sequence_length
-        self.steps, self.step, self.rank = config.steps, first_step, rank
-        self._steps_at_record, self._paused = first_step, 0.0
-        self._began = time.monotonic()
-        self._elapsed = elapsed
-        # tqdm hides the bar by itself where there is no terminal.
-        self._bar = tqdm(total=config.steps, initial=first_step, unit="step", disable=None if rank == 0 else True)
-
-    def advance(self) -> None:
-        self.step += 1
-        self._bar.update()
-
-    def pause(self, work: Callable[[], Any]) -> None:
-        """Do something that is not training, without counting its time."""
-        began = time.monotonic()
-        work()
-        self._paused += time.monotonic() - began
-
-    def record(self, engine: DeepSpeedEngine, loss: float) -> dict[str, Any]:
-        """The record since the last one, also shown."""
-        seconds = time.monotonic() - self._began - self._paused
-        self._elapsed += seconds
-        steps = self.step - self._steps_at_record
-        norm = engine.get_global_grad_norm()
-        record = {
-            "kind": "train",
-            "step": self.step,
-            "tokens": self.step * self.tokens_per_step,
-            "loss": finite(loss),
-            "learning_rate": float(engine.get_lr()[0]),
-            "gradient_norm": None if norm is None else finite(norm),
-            "tokens_per_second": round(steps * self.tokens_per_step / seconds, 1),
-            "seconds": round(self._elapsed, 3),
-        }
-        self._began, self._paused, self._steps_at_record = time.monotonic(), 0.0, self.step
-        if self.rank == 0:
-            self._show(record, engine, seconds / steps)
-        return record
-
-    def _show(self, record: dict[str, Any], engine: DeepSpeedEngine, seconds_per_step: float) -> None:
-        report = engine.ssr.report
-        worst = (
-            [layer["max_vio"] for layer in report["layers"].values() if layer["max_vio"] is not None] if report else []
-        )
-        figures = {
-            "loss": "-" if record["loss"] is None else f"{record['loss']:.3f}",
-            "lr": f"{record['learning_rate']:.1e}",
-            "tok/s": f"{record['tokens_per_second']:.0f}",
-            "imbalance": f"{max(worst):.2f}" if worst else "-",
-        }
-        self._bar.set_postfix(figures)
-        if self._bar.disable:
-            left = tqdm.format_interval(seconds_per_step * (self.steps - self.step))
-            line = "  ".join(f"{name} {value}" for name, value in figures.items())
-            print(f"step {self.step}/{self.steps}  {line}  ETA {left}", flush=True)
-
-    def close(self) -> None:
-        self._bar.close()
-
-
 def _build_engine(config: RunConfig, vocabulary: int, rank: int) -> DeepSpeedEngine:
     if config.model.activation_checkpointing == "deepspeed":
         deepspeed.checkpointing.configure(None, deepspeed_config=config.deepspeed)
@@ -283,21 +192,6 @@ def _check_layout(model: ModelConfig, ranks: int) -> None:
         )
 
 
-def _check_same(old: dict[str, Any], new: dict[str, Any], file: Path) -> None:
-    """A resumed run may be longer and log otherwise, but not be another model on other data."""
-    for section in ("model", "data"):
-        for key, value in new[section].items():
-            if key not in ("cache", "workers") and old[section].get(key) != value:
-                there = old[section].get(key)
-                raise ValueError(f"cannot resume: {section}.{key} is {there!r} in {file} and {value!r} now")
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        there, now = old["deepspeed"].get(key), new["deepspeed"].get(key)
-        if there != now:  # the position in the data counts in batches
-            raise ValueError(f"cannot resume: deepspeed.{key} is {there!r} in {file} and {now!r} now")
-    if old["seed"] != new["seed"]:
-        raise ValueError(f"cannot resume: seed is {old['seed']} in {file} and {new['seed']} now")
-
-
 def _together(work: Callable[[], Any], here: bool) -> list[Any]:
     """Do `work` on the ranks where `here` holds and wait for it; the results by rank.
 
@@ -325,12 +219,3 @@ def _mean_over_ranks(losses: list[torch.Tensor]) -> float:
     mean = torch.stack(losses).double().mean()
     dist.all_reduce(mean)
     return float(mean / dist.get_world_size())
-
-
-def _clear(folder: Path) -> None:
-    """Remove an earlier run from its folder: only what a run writes."""
-    if not (folder / "config.json").exists():
-        return
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for name in ("config.json", METRICS, "report.html", "loss.png", "load.png"):
-        (folder / name).unlink(missing_ok=True)

@@ -24,18 +24,7 @@ accelerator = Accelerator(
     kwargs_handlers=[] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")],
 )
 set_seed(0)
-config = Qwen3MoeConfig(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=64,
-    moe_intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    num_experts=8,
-    num_experts_per_tok=2,
-)
+config = Qwen3MoeConfig.from_json_file("tests/examples/model.json")
 model = Qwen3MoeForCausalLM(config)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 samples = torch.tensor(list(Path(arguments.text).read_bytes())).split(128)[:-1]

@@ -266,6 +266,11 @@ def _looked_at_and_begun_again(folder):
     train(engine, 2)
     train(build_engine(ToyModel(), block), 2)
     broken = build_engine(ToyModel(), block)
+    # Weights alone, from another run's checkpoint: this run's records stay.
+    fresh = build_engine(ToyModel(), block, zero=1)
+    fresh.load_checkpoint(folder / "checkpoint", load_module_only=True)
+    train(fresh, 2)
+    found.append((path.read_text().count('"kind":"load"'), None))
     # No file may grow: as on a full disk.
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, hard))
@@ -283,6 +288,8 @@ def test_records_outlive_a_look_at_an_older_checkpoint_a_full_disk_and_another_r
         ([2, 4, 6], None),
         ([2, 4], {0}),
         ([2], {0}),
+        ([2], {0}),
+        (4, None),
         ([2], {0}),
     ]
 

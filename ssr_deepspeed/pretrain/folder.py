@@ -1,0 +1,71 @@
+"""The folder of a run: one process writes to it, and a resumed run is the one that it holds."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from ssr_deepspeed.files import replace_text
+from ssr_deepspeed.monitor.records import METRICS
+from ssr_deepspeed.monitor.sinks import keep_records
+from ssr_deepspeed.pretrain import checkpoint
+
+Existing = Literal["refuse", "resume", "overwrite"]
+
+
+def claim(folder: Path, settings: dict[str, Any], existing: Existing) -> TextIO:
+    """Make the folder this run's; the lock on it, held as long as the file is open.
+
+    Args:
+        folder: of the run; made where it is missing.
+        settings: of the run, as in its `config.json`.
+        existing: what to do with a run that the folder holds.
+
+    Raises:
+        ValueError: another process writes there, or there is a run that may not be touched or is not this one.
+    """
+    file = folder / "config.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("w")
+    try:  # released by the system when this process ends, however it ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is still writing to {folder}: wait for it or end it") from None
+    if existing == "overwrite":
+        _clear(folder)
+    if (folder / METRICS).exists():
+        if existing == "refuse":
+            raise ValueError(f"{folder} holds a run already: --resume it, --overwrite it or name another --output")
+        _check_same(json.loads(file.read_text(encoding="utf-8")), settings, file)
+    replace_text(file, json.dumps(settings, indent=2) + "\n")
+    # Before anyone opens the file to append: this replaces it. What a resumed run does again goes.
+    step = checkpoint.latest_step(folder / "checkpoints")
+    keep_records(folder / METRICS, lambda record: record["step"] <= step and not record.get("final"))
+    return lock
+
+
+def _check_same(old: dict[str, Any], new: dict[str, Any], file: Path) -> None:
+    """A resumed run may be longer and log otherwise, but not be another model on other data."""
+    for section in ("model", "data"):
+        for key, value in new[section].items():
+            if key not in ("cache", "workers") and old[section].get(key) != value:
+                there = old[section].get(key)
+                raise ValueError(f"cannot resume: {section}.{key} is {there!r} in {file} and {value!r} now")
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        there, now = old["deepspeed"].get(key), new["deepspeed"].get(key)
+        if there != now:  # the position in the data counts in batches
+            raise ValueError(f"cannot resume: deepspeed.{key} is {there!r} in {file} and {now!r} now")
+    if old["seed"] != new["seed"]:
+        raise ValueError(f"cannot resume: seed is {old['seed']} in {file} and {new['seed']} now")
+
+
+def _clear(folder: Path) -> None:
+    """Remove an earlier run from its folder: only what a run writes."""
+    if not (folder / "config.json").exists():
+        return
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for name in ("config.json", METRICS, "report.html", "loss.png", "load.png"):
+        (folder / name).unlink(missing_ok=True)
