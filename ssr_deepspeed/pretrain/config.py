@@ -124,9 +124,12 @@ class RunConfig(Section):
     eval_sequences: int = 0
     """Held-out sequences of the evaluations on the way; 0: all. The last one always takes all."""
     checkpoint_every: int = 0
-    """Optimizer steps between two checkpoints, a multiple of `log_every`; 0: only at the end."""
+    """Optimizer steps between two checkpoints; 0: only at the end, and on a signal."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept; while one is written there is one more."""
+    timeout: float = 1800.0
+    """Seconds without progress after which a rank gives up and names those that are missing: more than the longest
+    step, save, batch of evaluation or preparation of data takes."""
     seed: int = 0
     """Seed of the weights and of everything random in training."""
 
@@ -135,11 +138,7 @@ class RunConfig(Section):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("eval_every", "eval_sequences", "checkpoint_every"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        if self.checkpoint_every % self.log_every:
-            # A record covers the steps since the last one; a resumed run must begin with a new one.
-            raise ValueError(
-                f"checkpoint_every = {self.checkpoint_every}; allowed: multiples of log_every = {self.log_every}"
-            )
+        require(self.timeout > 0, "timeout", self.timeout, "above 0")
         if self.deepspeed.get("use_data_before_expert_parallelism"):
             raise ValueError(
                 "deepspeed.use_data_before_expert_parallelism = true; allowed: false (ep_size neighbours share experts)"
