@@ -39,7 +39,9 @@ def main(arguments: list[str] | None = None) -> None:
     launched = "RANK" in os.environ
     if not launched:
         _be_alone()
-    existing: Existing = options.resume or ("overwrite" if options.overwrite else "refuse")
+    existing: Existing = "overwrite" if options.overwrite else "refuse"
+    if options.resume:
+        existing = "weights" if options.resume == "weights" else "resume"
     sys.exit(supervise(config, options.output, existing, options.compare, launched))
 
 
@@ -62,9 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     existing.add_argument(
         "--resume",
         nargs="?",
-        const="resume",
-        choices=("weights",),
-        help="go on from the folder's newest whole checkpoint; `weights`: also where it was written by another number "
+        const="exact",
+        choices=("exact", "weights"),
+        help="go on from the folder's newest whole checkpoint; weights: also where it was written by another number "
         "of ranks or with another ep_size, and the optimizer's moments begin anew",
     )
     existing.add_argument("--overwrite", action="store_true", help="remove the run that the folder holds")

@@ -54,7 +54,7 @@ def supervise(
         if missing is None:
             raise
         traceback.print_exc()
-        say(f"{missing}, and is gone or frozen: start again with --resume")
+        say(f"{missing}. Start again with --resume")
         leave(LOST)
     watch.close()
     dist.destroy_process_group()

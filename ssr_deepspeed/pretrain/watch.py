@@ -75,7 +75,8 @@ class Watch:
         before = self._read()
         time.sleep(2.5 * self.interval)
         now = self._read()
-        return _seen(self._silent(before, now), now)
+        silent = _heard_of(self._silent(before, now), now)
+        return f"{self._where}: {silent}, gone or frozen" if silent else None
 
     def _run(self) -> None:
         before, looked = None, 0.0
@@ -117,28 +118,28 @@ class Watch:
     def _give_up(self, before: dict[int, _Beat]) -> NoReturn:
         now = self._read()
         here = f"no progress for {self.timeout:g} s {self._where}"
-        silent = _seen(self._silent(before, now), now)
+        silent = _heard_of(self._silent(before, now), now)
         if not now:
             say(f"{here}, and the launcher's store is out of reach: its host is down, or this one is cut off")
         elif silent:
-            say(f"{here}: {silent}")
+            say(f"{here}: {silent}, gone, frozen or cut off")
         else:
             least = min(beat.moves for beat in now.values())
             behind = [rank for rank, beat in now.items() if beat.moves == least]
             if len(behind) < len(now):
-                say(f"{here}: all ranks are alive, but {_seen(behind, now)}, and the others are further")
+                say(f"{here}: all ranks are alive, but behind the others are {_heard_of(behind, now)}")
             else:
                 say(f"{here}: all ranks are alive and as far. This one is at")
             traceback.print_stack(sys._current_frames().get(threading.main_thread().ident or 0))
         leave(LOST)
 
 
-def _seen(ranks: list[int], beats: dict[int, _Beat]) -> str | None:
-    """`rank 1 (host b) was last seen in step 7`, for at most eight ranks; None for none."""
+def _heard_of(ranks: list[int], beats: dict[int, _Beat]) -> str | None:
+    """`rank 1 (host b), last heard of in step 7`, for at most eight ranks; None for none."""
     words = [
-        f"rank {rank} (host {beats[rank].host}) was last seen {beats[rank].where}"
+        f"rank {rank} (host {beats[rank].host}), last heard of {beats[rank].where}"
         if rank in beats
-        else f"rank {rank} never came"
+        else f"rank {rank}, never heard of"
         for rank in ranks[:8]
     ]
-    return "; ".join(words) + (f"; and {len(ranks) - 8} more" if len(ranks) > 8 else "") or None
+    return "; ".join(words) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "") or None
