@@ -129,13 +129,20 @@ class Checkpoints:
             raise ValueError(f"DeepSpeed could not load the checkpoint {self.folder / manifest.tag}")
         self.newest = manifest.step
         if not same:
-            if not engine.zero_optimization() and hasattr(engine.optimizer, "refresh_fp32_params"):
-                engine.optimizer.refresh_fp32_params()  # ZeRO does it by itself
+            self._begin_moments()
             torch.manual_seed(torch.initial_seed() + manifest.step * dist.get_world_size())
             return []
         own = torch.load(self.folder / manifest.tag / _own_file(dist.get_rank()), weights_only=False)
         _restore(own["random"])
         return [] if own["losses"] is None else list(own["losses"].to(engine.device))
+
+    def _begin_moments(self) -> None:
+        """What loading an optimizer's state would have done beside its moments."""
+        engine = self.engine
+        if not engine.zero_optimization() and hasattr(engine.optimizer, "refresh_fp32_params"):
+            engine.optimizer.refresh_fp32_params()  # from the weights; ZeRO does it by itself
+        if engine.lr_scheduler is not None:  # the learning rate of the next step stands in the optimizer
+            engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)
 
     def fits(self, manifest: Manifest) -> bool:
         """Whether it was written by as many ranks and with the same `ep_size`."""
