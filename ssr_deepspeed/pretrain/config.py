@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,6 +154,11 @@ class RunConfig(Section):
             raise ValueError(
                 f'model.auxiliary_loss = {weight}; allowed: {allowed}, for deepspeed.ssr.rule = "{ssr.rule}" {works}'
             )
+
+    @property
+    def collective_timeout(self) -> timedelta:
+        """Of the process groups: somewhat more than `timeout`, at which the watch says who is missing."""
+        return timedelta(seconds=1.25 * self.timeout + 5)
 
 
 def load_run(path: str, overrides: list[str]) -> RunConfig:

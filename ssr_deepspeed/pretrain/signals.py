@@ -91,7 +91,7 @@ class Signals:
         while True:
             try:
                 for number in self._ears.recv(64):
-                    if number in STOPPING:
+                    if number in STOPPING:  # not SIGCHLD, which loader processes raise
                         self._take(signal.Signals(number))
             except TimeoutError:
                 if self._parent is not None and os.getppid() != self._parent:
@@ -120,16 +120,16 @@ class Agreement:
 
     Args:
         asked: the signal that this rank was asked to stop by, 0 for none.
-        timeout: of the collective, in seconds.
+        timeout: of the collective.
     """
 
-    def __init__(self, asked: Callable[[], int], timeout: float) -> None:
+    def __init__(self, asked: Callable[[], int], timeout: timedelta) -> None:
         self._asked = asked
         self._flag = torch.zeros(1, dtype=torch.int64, device="cpu")
         self._group, self._work = None, None
         if dist.get_world_size() > 1:
             # Of its own also beside gloo's: the default group's collectives would be out of order.
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
 
     def ask(self) -> None:
         """Begin; every rank calls it, and `agreed` afterwards."""

@@ -6,7 +6,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
@@ -33,8 +32,7 @@ def supervise(
         What `sys.exit` is to be called with.
     """
     signals = Signals(launched)
-    # Somewhat later than the watch, which can say more.
-    deepspeed.init_distributed(timeout=timedelta(seconds=1.25 * config.timeout + 5))
+    deepspeed.init_distributed(timeout=config.collective_timeout)
     # Before the first collective: NCCL's ranks must not meet on one device.
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     watch = Watch(config.timeout)

@@ -76,8 +76,8 @@ class Run:
         self.checkpoints = Checkpoints(
             self.engine, folder / "checkpoints", config.keep_checkpoints, config.model.ep_size
         )
-        self.stop = Agreement(asked, config.timeout)
-        self.first_step, self.samples, self.owes_evaluation = 0, 0, False
+        self.stop = Agreement(asked, config.collective_timeout)
+        self.first_step, self.samples, self.owes_evaluation, self._stopped_by = 0, 0, False, 0
         self.losses: list[torch.Tensor] = []
         """Of this rank's micro-batches since the last record."""
         if start:

@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 import traceback
-from datetime import timedelta
 from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
@@ -24,6 +23,7 @@ from ssr_deepspeed.pretrain.signals import LOST, leave, say
 
 # Of the timeout: when a rank that has not moved begins to look at the others.
 _SUSPICION = 0.6
+_UNREACHABLE = "the launcher's store is out of reach: its host is down, or this one is cut off"
 
 
 class _Beat(NamedTuple):
@@ -40,6 +40,9 @@ class _Beat(NamedTuple):
 class Watch:
     """Ends this process with LOST, and one sentence that names the ranks to blame, when the run stands still.
 
+    One thread talks to the store, and waits as long as that takes: over a dead link no timeout of the store's ends it.
+    Another looks at the clock.
+
     Args:
         timeout: seconds without progress of this rank after which it gives up.
     """
@@ -49,15 +52,15 @@ class Watch:
         self.interval = min(2.0, timeout / 8)
         self.rank, self._keys = dist.get_rank(), [str(rank) for rank in range(dist.get_world_size())]
         self._beats, self._moves, self._where, self._moved = 0, 0, "at the start", time.monotonic()
-        self._ended = threading.Event()
+        self._ended, self._wanted, self._answered = threading.Event(), threading.Event(), threading.Event()
+        self._answer: dict[int, _Beat] = {}
+        self._looking = threading.Lock()
         store = dist.distributed_c10d._get_default_store()
         # A connection of its own, where torch can: on the other the main thread may be waiting.
-        store = store.clone() if hasattr(store, "clone") else store
-        self._store = dist.PrefixStore("ssr_watch", store)
-        self._store.set_timeout(timedelta(seconds=max(5.0, self.interval)))
+        self._store = dist.PrefixStore("ssr_watch", store.clone() if hasattr(store, "clone") else store)
         self._beat()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self._thread.start()
+        for work in (self._talk, self._decide):
+            threading.Thread(target=work, name=f"watch{work.__name__}", daemon=True).start()
 
     def moved(self, where: str) -> None:
         """The main thread is here; every rank comes through the same places in the same order."""
@@ -66,29 +69,40 @@ class Watch:
     def close(self) -> None:
         """The run is over; no rank waits for this one any more."""
         self._ended.set()
-        self._thread.join(self.interval)
+        self._wanted.set()
 
     def missing(self) -> str | None:
         """A sentence on the ranks that have fallen silent, None where there are none. Takes some intervals."""
         if len(self._keys) == 1:
             return None
-        before = self._read()
+        before = self._look()
         time.sleep(2.5 * self.interval)
-        now = self._read()
+        now = self._look()
+        if not now:
+            return f"{self._where}: {_UNREACHABLE}"
         silent = _heard_of(self._silent(before, now), now)
         return f"{self._where}: {silent}, gone or frozen" if silent else None
 
-    def _run(self) -> None:
-        before, looked = None, 0.0
+    def _decide(self) -> None:
+        before: dict[int, _Beat] | None = None
+        looked = 0.0
         while not self._ended.wait(self.interval):
-            self._beat()
             still = time.monotonic() - self._moved
             if still < _SUSPICION * self.timeout:
                 before = None
             elif before is None:
-                before, looked = self._read(), time.monotonic()
+                before, looked = self._look(), time.monotonic()
             elif still > self.timeout and time.monotonic() - looked > 2.5 * self.interval:
                 self._give_up(before)
+
+    def _talk(self) -> None:
+        while not self._ended.is_set():
+            wanted = self._wanted.wait(self.interval)
+            self._beat()
+            if wanted:
+                self._wanted.clear()
+                self._answer = self._read()
+                self._answered.set()
 
     def _beat(self) -> None:
         self._beats += 1
@@ -97,8 +111,14 @@ class Watch:
         with contextlib.suppress(Exception):
             self._store.set(self._keys[self.rank], json.dumps(beat))
 
+    def _look(self) -> dict[int, _Beat]:
+        """What the ranks have last written; those left out have not. Empty where the store is out of reach."""
+        with self._looking:
+            self._answered.clear()
+            self._wanted.set()
+            return self._answer if self._answered.wait(2.5 * self.interval) else {}
+
     def _read(self) -> dict[int, _Beat]:
-        """What the ranks have last written; those left out have not, or the store is out of reach."""
         with contextlib.suppress(Exception):
             # To get what nobody has written would wait for it.
             there = range(len(self._keys)) if self._store.check(self._keys) else self._written()
@@ -110,17 +130,15 @@ class Watch:
         return [rank for rank, key in enumerate(self._keys) if self._store.check([key])]
 
     def _silent(self, before: dict[int, _Beat], now: dict[int, _Beat]) -> list[int]:
-        if not now:
-            return []
         others = (rank for rank in range(len(self._keys)) if rank != self.rank)
         return [rank for rank in others if rank not in now or now[rank] == before.get(rank)]
 
     def _give_up(self, before: dict[int, _Beat]) -> NoReturn:
-        now = self._read()
+        now = self._look()
         here = f"no progress for {self.timeout:g} s {self._where}"
         silent = _heard_of(self._silent(before, now), now)
         if not now:
-            say(f"{here}, and the launcher's store is out of reach: its host is down, or this one is cut off")
+            say(f"{here}, and {_UNREACHABLE}")
         elif silent:
             say(f"{here}: {silent}, gone, frozen or cut off")
         else:

@@ -1,5 +1,6 @@
 import json
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -225,7 +226,7 @@ def test_a_write_that_fails_on_one_rank_is_told_by_all_and_can_be_tried_again(ca
 
 def _agree():
     asked = [0]
-    stop = Agreement(lambda: asked[0], 60)
+    stop = Agreement(lambda: asked[0], timedelta(seconds=60))
     before = stop.at_once()
     stop.ask()
     asked[0] = 12 if dist.get_rank() == 1 else 0
