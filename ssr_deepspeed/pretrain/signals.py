@@ -112,6 +112,13 @@ class Signals:
         self._asked = self._asked or number
 
 
+def outlive_signals(worker: int) -> None:
+    """In a loader's process: torchrun signals whole process groups, and the step that is saved still needs its data."""
+    signal.set_wakeup_fd(-1)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Agreement:
     """Whether all ranks stop at the end of a step, decided by one small all-reduce that runs beside the step.
 

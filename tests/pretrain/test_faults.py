@@ -220,7 +220,8 @@ def test_workers_whose_torchrun_is_killed_save_and_leave_no_orphans(cache, tmp_p
 
 @pytest.mark.slow
 def test_sigterm_to_torchrun_ends_in_a_checkpoint(cache, tmp_path, whole):
-    job = Job(tmp_path, settings_of(cache), fault=("waits for a signal", 1, 3))
+    """Also where loaders are processes of their own, which torchrun signals too."""
+    job = Job(tmp_path, settings_of(cache, data={"workers": 1}), fault=("waits for a signal", 1, 3))
     signal_when_ready(job, lambda: job.process.send_signal(signal.SIGTERM))
     code, own = job.end()
     assert (code, own) == (1, 75), job.text()
