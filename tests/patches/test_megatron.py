@@ -1,7 +1,7 @@
 """Upstream Megatron-DeepSpeed, run and patched: `SSR_MEGATRON` names a checkout of the commit in the patch's header.
 
-It needs what its own requirements name (here pybind11, six, torchvision, einops, regex, transformers), a C++
-compiler and make, and a DeepSpeed that it can import: at the latest 0.19.6.
+It needs what its own requirements name (`make test-hosts` adds pybind11, six and torchvision), a C++ compiler and
+make, and a DeepSpeed that it can import: at the latest 0.19.6.
 """
 
 import importlib.util
