@@ -40,19 +40,15 @@ test-all: setup chromium
 	$(BIN)/python -m pytest -m ''
 
 # Other versions of the hosts, each beside the environment's own and with compiled operators of its own.
-# DeepSpeed before 0.16 loads its checkpoints as torch did before 2.6. SSR_MEGATRON names a checkout of
-# Megatron-DeepSpeed to be tested too, with what it needs beside.
+# DeepSpeed before 0.16 loads its checkpoints as torch did before 2.6.
 HOSTS := deepspeed-0.15.4 deepspeed-0.16.9 deepspeed-0.17.6 deepspeed-0.19.3 transformers-5.23.0
-MEGATRON_NEEDS := $(CURDIR)/$(VENV)/megatron
 test-hosts: export TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD := 1
 test-hosts: setup
-	test -z "$(SSR_MEGATRON)" || test -d $(MEGATRON_NEEDS) || $(BIN)/python -m pip install --quiet --no-deps \
-	  --constraint constraints.txt --target $(MEGATRON_NEEDS) pybind11 six torchvision
 	for host in $(HOSTS); do \
 	  home=$(CURDIR)/$(VENV)/$$host; \
 	  test -d $$home || $(BIN)/python -m pip install --quiet --no-deps --target $$home $${host%-*}==$${host##*-} || exit; \
 	  echo "$$host"; \
-	  TORCH_EXTENSIONS_DIR=$$home/extensions PYTHONPATH=$$home:$(MEGATRON_NEEDS) $(BIN)/python -m pytest tests/hosts tests/patches || exit; \
+	  TORCH_EXTENSIONS_DIR=$$home/extensions PYTHONPATH=$$home:$$PYTHONPATH $(BIN)/python -m pytest tests/hosts tests/patches || exit; \
 	done
 
 # The study of balancing rules: hours of two cores, resumed where it was. The quick one reruns a part

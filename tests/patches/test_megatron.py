@@ -1,7 +1,8 @@
 """Upstream Megatron-DeepSpeed, run and patched: `SSR_MEGATRON` names a checkout of the commit in the patch's header.
 
-It needs what its own requirements name (`make test-hosts` adds pybind11, six and torchvision), a C++ compiler and
-make, and a DeepSpeed that it can import: at the latest 0.19.6.
+It needs what its own requirements name, of which pybind11, six and a torchvision made for this torch are not among
+this project's: put them on the PYTHONPATH. Also a C++ compiler and make, and a DeepSpeed that it can import: at the
+latest 0.19.6.
 """
 
 import importlib.util
