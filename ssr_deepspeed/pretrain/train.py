@@ -25,6 +25,7 @@ from ssr_deepspeed.monitor.report import write_report
 from ssr_deepspeed.monitor.sinks import JsonLines, read_json_lines
 from ssr_deepspeed.pretrain import checkpoint, data
 from ssr_deepspeed.pretrain.config import ModelConfig, RunConfig
+from ssr_deepspeed.pretrain.deepspeed_json import check_batch
 from ssr_deepspeed.pretrain.evaluate import evaluate
 from ssr_deepspeed.pretrain.folder import Existing, claim
 from ssr_deepspeed.pretrain.model import MoELanguageModel
@@ -53,6 +54,7 @@ class Run:
         self.folder, self.compare = folder, compare
         self.config = _with_monitor(config, folder)
         _check_layout(config.model, self.ranks)
+        check_batch(config.deepspeed, self.ranks)
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         prepared = _together(lambda: data.prepare(config.data), here=local_rank == 0)
         self.corpus = data.open_corpus(prepared[self.rank - local_rank], config.data.sequence_length)
