@@ -110,6 +110,15 @@ def _run(run: Watched, width: int, height: int | None, now: float, ramp: str) ->
     return lines + _layers(run, width, None if height is None else height - len(lines), ramp)
 
 
+# Of the last record of training, in the line of a run.
+_TRAINING = {
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu": "{:.0%} MFU",
+    "data_wait_share": "{:.0%} data wait",
+    "gate_time_share": "{:.0%} gates",
+}
+
+
 def _header(run: Watched, now: float) -> Text:
     line = Text(literal(run.name), "bold")
     age = run.age(now)
@@ -117,8 +126,10 @@ def _header(run: Watched, now: float) -> Text:
         return line.append("  waiting: nothing is written yet", "not bold")
     of = f" of {run.steps}" if run.steps else ""
     line.append(f"  step {run.step}{of}", "not bold")
-    if isinstance(run.tokens_per_second, int | float):
-        line.append(f"  {run.tokens_per_second:,.0f} tokens/s", "not bold")
+    for key, form in _TRAINING.items():
+        value = run.training.get(key)
+        if isinstance(value, int | float):
+            line.append("  " + form.format(value), "not bold")
     line.append(f"  last record {_duration(age)} ago", "not bold")
     if run.damaged:
         line.append(f"  {run.damaged} damaged lines left out", "not bold")

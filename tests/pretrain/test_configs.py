@@ -78,7 +78,7 @@ def test_every_model_and_deepspeed_file_belongs_to_a_run():
 def _train(cache, file):
     """A small model under a shipped DeepSpeed file, two optimizer steps of two micro-batches each."""
     section = json.loads(file.read_text())
-    section |= {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4}
+    section |= {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}
     section["scheduler"]["params"]["warmup_num_steps"] = 2
     checkpointing = "deepspeed" if "activation_checkpointing" in section else "none"
     settings = tiny_run(cache, model={"activation_checkpointing": checkpointing}).to_dict()
