@@ -39,6 +39,7 @@ def shipped(name):
 @pytest.mark.parametrize("name", [file.stem for file in RUNS])
 def test_every_run_has_the_size_that_the_table_says(name):
     config, vocabulary = shipped(name)
+    assert config == load_run(str(CONFIGS / "pretrain" / f"{name}.json"), [])
     parameters, active, ranks, memory, tokens = TABLE[name]
     check_batch(config.deepspeed, ranks)
     assert ranks % config.model.ep_size == 0
@@ -48,6 +49,27 @@ def test_every_run_has_the_size_that_the_table_says(name):
     assert sum(needed.values()) / 2**30 == pytest.approx(memory, rel=0.05)
     total = config.deepspeed.get("train_batch_size") or micro_batch_of(config.deepspeed, ranks) * ranks
     assert total * config.data.sequence_length == tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "width", "block", "dropout", "steps", "warmup"),
+    [
+        ("wikitext103_s", 3, 128, 256, 0.7, 60_000, 3_000),
+        ("wikitext103_m", 6, 352, 512, 0.1, 80_000, 4_000),
+        ("wikitext103_l", 12, 512, 1024, 0.1, 80_000, 5_000),
+        ("enwik8_s", 6, 264, 512, 0.1, 60_000, 3_000),
+        ("enwik8_m", 8, 352, 512, 0.1, 80_000, 4_000),
+    ],
+)
+def test_the_published_settings_are_kept(name, layers, width, block, dropout, steps, warmup):
+    """Those of the language models of MomentumSMoE and CompeteSMoE."""
+    config, _ = shipped(name)
+    model, schedule = config.model, config.deepspeed["scheduler"]
+    assert (model.layers, model.width, model.expert_width, model.dropout) == (layers, width, width, dropout)
+    assert (model.experts, model.top_k, config.data.sequence_length, config.steps) == (16, 2, block, steps)
+    assert schedule["type"] == "WarmupLR"
+    assert schedule["params"]["warmup_num_steps"] == warmup
+    assert schedule["params"]["warmup_max_lr"] == config.deepspeed["optimizer"]["params"]["lr"] == 7e-4
 
 
 def test_the_seven_billions_are_those_of_the_published_model():

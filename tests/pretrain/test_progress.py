@@ -75,13 +75,14 @@ def _counted(config):
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("factor", "model"),
     [
         (1.0, {}),
-        pytest.param(1.25, {"top_k": 1}, marks=pytest.mark.slow),
-        pytest.param(1.0, {"tie_embeddings": False, "moe_every": 2, "layers": 4}, marks=pytest.mark.slow),
-        pytest.param(2.0, {"residual": True}, marks=pytest.mark.slow),
+        (1.25, {"top_k": 1}),
+        (1.0, {"tie_embeddings": False, "moe_every": 2, "layers": 4}),
+        (2.0, {"residual": True}),
     ],
 )
 def test_the_operations_of_a_token_are_those_that_torch_counts(factor, model, cache, tmp_path):
