@@ -66,10 +66,9 @@ def prepare(
     Raises:
         ValueError: the source cannot be used, or the folder holds something else.
     """
+    folder = output or locate(config, workers)
     if output is None and config.prepared is not None:
-        output = Path(config.prepared)
-        read_index(output)
-    folder = output or _cached(config, workers)
+        read_index(folder)  # never made by a run
     if (folder / INDEX).exists():
         _check_source(check(folder, config), folder, config)
         return folder
@@ -83,12 +82,19 @@ def prepare(
     return folder
 
 
-def _cached(config: DataConfig, workers: int) -> Path:
-    """Where in the cache the text is looked for: named by settings, and the source's names, sizes and times."""
-    home = Path(config.cache) if config.cache else None
-    home = home or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssr_deepspeed"
+def locate(config: DataConfig, workers: int = 1) -> Path:
+    """The folder in which a run looks for its prepared text, whether it is there or not.
+
+    `data.prepared`, or one in the cache, named by the settings and the source's names, sizes and times.
+
+    Raises:
+        ValueError: the source is not there.
+    """
+    if config.prepared is not None:
+        return Path(config.prepared)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssr_deepspeed"
     facts = json.dumps([FORMAT, SHARD_TOKENS, settings_of(config), version(config, workers)])
-    return home / hashlib.sha256(facts.encode()).hexdigest()[:16]
+    return Path(config.cache or cache) / hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 def _check_source(index: Index, folder: Path, config: DataConfig) -> None:
@@ -321,14 +327,12 @@ def main(arguments: list[str] | None = None) -> None:
         if options.workers < 1:
             raise ValueError(f"--workers {options.workers}; allowed: at least 1")
         config = load_run(options.config, options.set).data
-        output = options.output or (Path(config.prepared) if config.prepared else None)
+        folder = options.output or locate(config, options.workers)
         if options.verify:
-            folder = output or _cached(config, options.workers)
             index = verify(folder)
             check(folder, config)
         else:
-            folder = prepare(config, workers=options.workers, output=output)
-            index = read_index(folder)
+            index = read_index(prepare(config, workers=options.workers, output=folder))
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         sys.exit(f"ssr-prepare: {error} {error.__cause__ or ''}".rstrip())
     training, heldout = (sum(shard.tokens for shard in part) for part in (index.training, index.heldout))

@@ -244,6 +244,7 @@ def test_a_source_that_fails_leaves_nothing(source, tmp_path):
 def test_the_command_prepares_and_verifies(source, tmp_path, capsys):
     options = ["--config", "tiny_cpu", "--set", f"data.source={source.source}", "--workers", "1"]
     options += ["--output", str(tmp_path / "prepared")]
+    (tmp_path / "prepared").mkdir()  # an empty folder is no obstacle
     main(options)
     main([*options, "--verify"])
     first, second = (line for line in capsys.readouterr().out.splitlines() if "training and" in line)
