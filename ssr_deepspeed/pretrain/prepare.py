@@ -15,6 +15,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -64,21 +65,20 @@ def prepare(
         shard_tokens: most tokens of a shard.
 
     Raises:
-        ValueError: the source cannot be used, or the folder holds something else.
+        ValueError: the source cannot be used, the folder holds something else, or it cannot be written.
     """
     folder = output or locate(config, workers)
     if output is None and config.prepared is not None:
         read_index(folder)  # never made by a run
-    if (folder / INDEX).exists():
-        _check_source(check(folder, config), folder, config)
-        return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / INDEX).exists())):
         raise ValueError(f"{folder} is there and holds no prepared text: remove it or name another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder, wait_for=True):
-        if not (folder / INDEX).exists():  # else the process that had the lock was first
-            _remove_stale(folder)
-            _build(config, folder, workers, shard_tokens)
+    if not (folder / INDEX).exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder, wait_for=True):
+            if not (folder / INDEX).exists():  # else the process that had the lock was first
+                _remove_stale(folder)
+                _build(config, folder, workers, shard_tokens)
+    _check_source(check(folder, config), folder, config)
     return folder
 
 
@@ -116,6 +116,8 @@ def _build(config: DataConfig, folder: Path, workers: int, shard_tokens: int) ->
     try:
         _write(config, building, workers, shard_tokens)
         building.rename(folder)
+    except OSError as error:  # of a full disk first of all; a process of the pool says no more than this
+        raise ValueError(f"the text cannot be prepared in {folder}: {error}") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -333,12 +335,20 @@ def main(arguments: list[str] | None = None) -> None:
             check(folder, config)
         else:
             index = read_index(prepare(config, workers=options.workers, output=folder))
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        sys.exit(f"ssr-prepare: {error} {error.__cause__ or ''}".rstrip())
+    except datasets.exceptions.DatasetsError as error:
+        sys.exit(f"ssr-prepare: {error}: {_reason(error)}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"ssr-prepare: {error}")
     training, heldout = (sum(shard.tokens for shard in part) for part in (index.training, index.heldout))
     state = "verified" if options.verify else "prepared"
     print(f"{state} {training:,} training and {heldout:,} held-out tokens in {len(index.shards)} shards")
     print(f"folder {folder}\nfingerprint {index.fingerprint}")
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong below, which an error from another process holds as the text of a traceback."""
+    lines = str(error.__cause__).splitlines()
+    return next((line for line in lines if re.match(r"[\w.]+Error: ", line)), lines[-1])
 
 
 def _parser() -> argparse.ArgumentParser:

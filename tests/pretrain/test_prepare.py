@@ -241,6 +241,32 @@ def test_a_source_that_fails_leaves_nothing(source, tmp_path):
         prepare(dataclasses.replace(source, source=str(numbers)))
 
 
+@pytest.mark.parametrize(
+    ("workers", "size", "words"),
+    [
+        (1, 70_000, "the text cannot be prepared in "),
+        pytest.param(2, 70_000, "the text cannot be prepared in ", marks=pytest.mark.slow),
+        pytest.param(1, 20_000, "", marks=pytest.mark.slow),
+        pytest.param(2, 20_000, "", marks=pytest.mark.slow),
+    ],
+)
+def test_a_full_disk_is_named_and_left_as_it_was(source, tmp_path, workers, size, words):
+    """Bytes of any one file: too few for the copy of the text, or for its tokens."""
+    home = tmp_path / "cache"
+    limit = ["prlimit", f"--fsize={size}"]
+    code = "from ssr_deepspeed.pretrain.prepare import main; main()"
+    options = ["--config", "tiny_cpu", "--set", f"data.source={source.source}", "--workers", str(workers)]
+    command = [*limit, sys.executable, "-c", code, *options, "--output", str(home / "prepared")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr.startswith(
+        "ssr-prepare: " if size == 20_000 else "ssr-prepare: the text cannot be prepared in "
+    )
+    assert "File too large" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not list(home.iterdir())
+
+
 def test_the_command_prepares_and_verifies(source, tmp_path, capsys):
     options = ["--config", "tiny_cpu", "--set", f"data.source={source.source}", "--workers", "1"]
     options += ["--output", str(tmp_path / "prepared")]
