@@ -50,6 +50,8 @@ from ssr_deepspeed.pretrain.tokenizer import Encoder, byte_encoder, tokenizer_ha
 
 _BATCH = 2**20
 """Bytes of text that a process tokenises at a time. A BPE's encodings take a hundred times that."""
+_STOPPED = -1
+"""In place of the bytes done: the pool's processes end at their next batch."""
 
 
 def prepare(
@@ -230,11 +232,12 @@ def _tokenise(tokeniser: _Tokeniser, jobs: list[_Job], total: int, workers: int)
                 for call in finished:
                     call.result()
             return [call.result() for call in calls]
-        except BrokenProcessPool:
+        except BrokenProcessPool:  # the pool has ended the other processes
             raise ValueError(
                 "a process that tokenises was killed, perhaps for want of memory: take fewer --workers"
             ) from None
         finally:
+            done.value = _STOPPED
             pool.shutdown(cancel_futures=True)
 
 
@@ -250,6 +253,8 @@ def _start(tokeniser: _Tokeniser, done: Any) -> None:
 
     def advance(count: int) -> None:
         with done.get_lock():
+            if done.value == _STOPPED:
+                raise RuntimeError("another process failed, or the command was interrupted")
             done.value += count
 
     _worker = tokeniser, advance
