@@ -4,6 +4,10 @@
 
 The run's folder gets config.json (everything resolved), metrics.jsonl (one JSON object a line),
 checkpoints/, and at the end report.html with loss.png and load.png.
+
+SIGTERM and SIGUSR1 save the step and exit with 75, SIGINT with 130; 74: the checkpoint could not be written;
+69: a rank stalled or was lost. torchrun exits with 1 for all of them: the code stands in the file that the
+environment variable SSR_EXIT_FILE names.
 """
 
 from __future__ import annotations
@@ -13,6 +17,10 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ssr_deepspeed.pretrain.folder import Existing
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -21,33 +29,20 @@ def main(arguments: list[str] | None = None) -> None:
     # DeepSpeed compiles its operators with the ninja on the PATH; pip puts one beside the interpreter.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     # torch and DeepSpeed take seconds to import; --help and a misspelt flag should not.
-    import deepspeed
-    import torch.distributed
-    from deepspeed.accelerator import get_accelerator
-
     from ssr_deepspeed.pretrain.config import load_run
-    from ssr_deepspeed.pretrain.folder import Existing
-    from ssr_deepspeed.pretrain.train import Run
+    from ssr_deepspeed.pretrain.supervise import supervise
 
     try:
         config = load_run(options.config, options.set)
     except ValueError as error:
         sys.exit(f"ssr-pretrain: {error}" if os.environ.get("RANK", "0") == "0" else 1)
-    if "RANK" not in os.environ:
+    launched = "RANK" in os.environ
+    if not launched:
         _be_alone()
-    deepspeed.init_distributed()
-    # Before the first collective: NCCL's ranks must not meet on one device.
-    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    existing: Existing = "resume" if options.resume else "overwrite" if options.overwrite else "refuse"
-    try:
-        run = Run(config, options.output, existing, options.compare)
-    except ValueError as error:
-        # Every rank raises the same error; one of them says it.
-        sys.exit(f"ssr-pretrain: {error}" if torch.distributed.get_rank() == 0 else 1)
-    run.train()
-    run.report()
-    torch.distributed.barrier()  # the ranks leave together, when rank 0 has written the report
-    torch.distributed.destroy_process_group()
+    existing: Existing = "overwrite" if options.overwrite else "refuse"
+    if options.resume:
+        existing = "weights" if options.resume == "weights" else "resume"
+    sys.exit(supervise(config, options.output, existing, options.compare, launched))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,7 +61,14 @@ def _parser() -> argparse.ArgumentParser:
         help="override a key, as in deepspeed.ssr.probability=0.01",
     )
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on from the folder's latest checkpoint")
+    existing.add_argument(
+        "--resume",
+        nargs="?",
+        const="exact",
+        choices=("exact", "weights"),
+        help="go on from the folder's newest whole checkpoint; weights: also where it was written by another number "
+        "of ranks or with another ep_size, and the optimizer's moments begin anew",
+    )
     existing.add_argument("--overwrite", action="store_true", help="remove the run that the folder holds")
     parser.add_argument(
         "--compare",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,9 +137,12 @@ class RunConfig(Section):
     eval_sequences: int = 0
     """Held-out sequences of the evaluations on the way; 0: all. The last one always takes all."""
     checkpoint_every: int = 0
-    """Optimizer steps between two checkpoints, a multiple of `log_every`; 0: only at the end."""
+    """Optimizer steps between two checkpoints; 0: only at the end, and on a signal."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept; while one is written there is one more."""
+    timeout: float = 1800.0
+    """Seconds without progress after which a rank gives up and names those that are missing: more than the longest
+    step, save, batch of evaluation or preparation of data takes."""
     seed: int = 0
     """Seed of the weights and of everything random in training."""
     peak_flops: float | None = None
@@ -151,11 +155,7 @@ class RunConfig(Section):
         for name in ("eval_every", "eval_sequences", "checkpoint_every"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(self.peak_flops is None or self.peak_flops > 0, "peak_flops", self.peak_flops, "above 0, or null")
-        if self.checkpoint_every % self.log_every:
-            # A record covers the steps since the last one; a resumed run must begin with a new one.
-            raise ValueError(
-                f"checkpoint_every = {self.checkpoint_every}; allowed: multiples of log_every = {self.log_every}"
-            )
+        require(self.timeout > 0, "timeout", self.timeout, "above 0")
         if self.deepspeed.get("use_data_before_expert_parallelism"):
             raise ValueError(
                 "deepspeed.use_data_before_expert_parallelism = true; allowed: false (ep_size neighbours share experts)"
@@ -170,6 +170,11 @@ class RunConfig(Section):
             raise ValueError(
                 f'model.auxiliary_loss = {weight}; allowed: {allowed}, for deepspeed.ssr.rule = "{ssr.rule}" {works}'
             )
+
+    @property
+    def collective_timeout(self) -> timedelta:
+        """Of the process groups: somewhat more than `timeout`, at which the watch says who is missing."""
+        return timedelta(seconds=1.25 * self.timeout + 5)
 
 
 def load_run(path: str, overrides: list[str]) -> RunConfig:

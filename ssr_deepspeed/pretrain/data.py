@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from ssr_deepspeed.pretrain.config import DataConfig
 from ssr_deepspeed.pretrain.model import IGNORED
 from ssr_deepspeed.pretrain.shards import Tokens, check
+from ssr_deepspeed.pretrain.signals import outlive_signals
 
 _BLOCK = 2**20
 
@@ -146,4 +147,4 @@ def heldout_batches(
 def _loader(sequences: Sequences, **options: Any) -> DataLoader:
     # With a generator of its own, a loader draws nothing from the global random state, which a
     # resumed run must find as the uninterrupted one does.
-    return DataLoader(sequences, generator=torch.Generator(), **options)
+    return DataLoader(sequences, generator=torch.Generator(), worker_init_fn=outlive_signals, **options)

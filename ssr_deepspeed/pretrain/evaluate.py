@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed.comm as dist
@@ -17,10 +18,16 @@ from ssr_deepspeed.routing import max_violation
 
 
 @torch.no_grad()
-def evaluate(engine: DeepSpeedEngine, batches: DataLoader, corpus: Corpus) -> dict[str, Any]:
+def evaluate(
+    engine: DeepSpeedEngine, batches: DataLoader, corpus: Corpus, stops: Callable[[], bool]
+) -> dict[str, Any] | None:
     """Evaluate on this rank's batches and sum over all ranks, which must have equally many.
 
+    Args:
+        stops: called after each batch; whether to stop there, the same on every rank.
+
     Returns:
+        None when it was stopped, else
         `bits_per_byte`: cross-entropy of all targets over the bytes of text they stand for;
         `nats_per_token`; `tokens`; `max_vio`: each MoE layer's MaxVio over the whole set.
     """
@@ -33,6 +40,9 @@ def evaluate(engine: DeepSpeedEngine, batches: DataLoader, corpus: Corpus) -> di
         known = [float(corpus.bytes_per_token[targets].sum()), float(len(targets))]
         totals += torch.cat([output.nats.double().reshape(1), torch.tensor(known, device=engine.device)])
         loads = loads + output.counts_NE
+        if stops():
+            engine.train()
+            return None
     engine.train()
     dist.all_reduce(totals)
     dist.all_reduce(loads)

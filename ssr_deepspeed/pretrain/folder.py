@@ -1,4 +1,8 @@
-"""The folder of a run: one process writes to it, and a resumed run is the one that it holds."""
+"""The folder of a run: one process writes to it, and a resumed run is the one that it holds.
+
+claim      locks it, and refuses what may not be done there
+begin      when it is known which checkpoint the run goes on from, removes what it will do again
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,10 @@ from typing import Any, Literal, TextIO
 from ssr_deepspeed.files import replace_text
 from ssr_deepspeed.monitor.records import METRICS
 from ssr_deepspeed.monitor.sinks import keep_records
-from ssr_deepspeed.pretrain import checkpoint
+from ssr_deepspeed.pretrain.checkpoint import remove_partial
+from ssr_deepspeed.pretrain.manifest import Manifest, by_step, set_aside
 
-Existing = Literal["refuse", "resume", "overwrite"]
+Existing = Literal["refuse", "resume", "weights", "overwrite"]
 
 
 def claim(folder: Path, settings: dict[str, Any], existing: Existing) -> TextIO:
@@ -36,21 +41,43 @@ def claim(folder: Path, settings: dict[str, Any], existing: Existing) -> TextIO:
         raise ValueError(f"another process is still writing to {folder}: wait for it or end it") from None
     if existing == "overwrite":
         _clear(folder)
-    if (folder / METRICS).exists():
+    if (folder / METRICS).exists() or by_step(folder / "checkpoints"):
         if existing == "refuse":
             raise ValueError(f"{folder} holds a run already: --resume it, --overwrite it or name another --output")
-        _check_same(json.loads(file.read_text(encoding="utf-8")), settings, file)
-    replace_text(file, json.dumps(settings, indent=2) + "\n")
-    # Before anyone opens the file to append: this replaces it. What a resumed run does again goes.
-    step = checkpoint.latest_step(folder / "checkpoints")
-    keep_records(folder / METRICS, lambda record: record["step"] <= step and not record.get("final"))
+        _check_same(json.loads(file.read_text(encoding="utf-8")), settings, file, existing == "weights")
     return lock
 
 
-def _check_same(old: dict[str, Any], new: dict[str, Any], file: Path) -> None:
-    """A resumed run may be longer and log otherwise, but not be another model on other data."""
+def begin(folder: Path, settings: dict[str, Any], start: Manifest | None) -> None:
+    """Write `config.json`, and remove records and checkpoints of steps that the run will do again.
+
+    Args:
+        start: the checkpoint that the run goes on from; None where it begins.
+    """
+    replace_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+    checkpoints = folder / "checkpoints"
+    remove_partial(checkpoints)
+    if start is not None:
+        set_aside(checkpoints, start)
+    step, owes = (start.step, start.owes_evaluation) if start else (0, False)
+    # Before anyone opens the file to append: this replaces it.
+    keep_records(
+        folder / METRICS,
+        lambda record: (
+            record["step"] <= step
+            and not record.get("final")
+            and not (owes and record["kind"] == "evaluation" and record["step"] == step)
+        ),
+    )
+
+
+def _check_same(old: dict[str, Any], new: dict[str, Any], file: Path, other_layout: bool) -> None:
+    """A resumed run may be longer and log otherwise, but not be another model on other data.
+
+    `ep_size` is compared with the checkpoint's own. Batches may differ at another layout: samples are counted.
+    """
     # Where the text lies may change: its fingerprint tells that it is the same.
-    free = ("source", "cache", "prepared", "workers")
+    free = ("source", "cache", "prepared", "workers", "ep_size")
     for section in ("model", "data"):
         for key, value in new[section].items():
             there = old[section].get(key)
@@ -58,7 +85,7 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], file: Path) -> None:
                 raise ValueError(f"cannot resume: {section}.{key} is {there!r} in {file} and {value!r} now")
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         there, now = old["deepspeed"].get(key), new["deepspeed"].get(key)
-        if there != now:  # the position in the data counts in batches
+        if there != now and not other_layout:
             raise ValueError(f"cannot resume: deepspeed.{key} is {there!r} in {file} and {now!r} now")
     if old["seed"] != new["seed"]:
         raise ValueError(f"cannot resume: seed is {old['seed']} in {file} and {new['seed']} now")

@@ -29,14 +29,22 @@ class Progress:
         config: of the run.
         vocabulary: tokens of its tokenizer.
         first_step: optimizer steps that were taken before.
+        first_sample: sequences that all ranks took in them.
         elapsed: seconds that they took.
     """
 
     def __init__(
-        self, engine: DeepSpeedEngine, config: RunConfig, vocabulary: int, first_step: int, elapsed: float
+        self,
+        engine: DeepSpeedEngine,
+        config: RunConfig,
+        vocabulary: int,
+        first_step: int,
+        first_sample: int,
+        elapsed: float,
     ) -> None:
         self._engine, self._config, self._ranks = engine, config, dist.get_world_size()
         self.tokens_per_step = engine.train_batch_size() * config.data.sequence_length
+        self.tokens = first_sample * config.data.sequence_length
         self.steps, self.step, self.rank = config.steps, first_step, dist.get_rank()
         self._flops_per_token = sizes_of(config, vocabulary).flops_per_token
         self._peak = config.peak_flops or peak_flops()
@@ -64,6 +72,7 @@ class Progress:
 
     def advance(self) -> None:
         self.step += 1
+        self.tokens += self.tokens_per_step
         self._bar.update()
 
     def pause(self, work: Callable[[], Any]) -> None:
@@ -108,7 +117,7 @@ class Progress:
         return {
             "kind": "train",
             "step": self.step,
-            "tokens": self.step * self.tokens_per_step,
+            "tokens": self.tokens,
             "loss": finite(loss),
             "learning_rate": float(engine.get_lr()[0]),
             "gradient_norm": None if norm is None else finite(norm),
@@ -153,7 +162,7 @@ class Progress:
         """End the line, with the sum of the run."""
         self._bar.close()
         if self.rank == 0 and self._memory:
-            tokens, seconds = self.step * self.tokens_per_step, self._elapsed
+            tokens, seconds = self.tokens, self._elapsed
             print(
                 f"trained on {tokens:,} tokens in {tqdm.format_interval(seconds)}: {tokens / seconds:,.0f} tokens a "
                 f"second, at most {self._memory / 2**30:.2f} GiB of memory a rank",

@@ -23,14 +23,17 @@ from ssr_deepspeed.hosts.engine import initialize
 from ssr_deepspeed.monitor.records import METRICS, RunLog
 from ssr_deepspeed.monitor.report import write_report
 from ssr_deepspeed.monitor.sinks import JsonLines, read_json_lines
-from ssr_deepspeed.pretrain import checkpoint, data
+from ssr_deepspeed.pretrain import data
+from ssr_deepspeed.pretrain.checkpoint import Checkpoints, NotSavedError
 from ssr_deepspeed.pretrain.config import DataConfig, ModelConfig, RunConfig
 from ssr_deepspeed.pretrain.deepspeed_json import check_batch
 from ssr_deepspeed.pretrain.evaluate import evaluate
-from ssr_deepspeed.pretrain.folder import Existing, claim
+from ssr_deepspeed.pretrain.folder import Existing, begin, claim
+from ssr_deepspeed.pretrain.manifest import Manifest, choose
 from ssr_deepspeed.pretrain.model import MoELanguageModel
 from ssr_deepspeed.pretrain.prepare import prepare
 from ssr_deepspeed.pretrain.progress import Progress
+from ssr_deepspeed.pretrain.signals import Agreement, Stopped, say
 
 
 class Run:
@@ -40,19 +43,28 @@ class Run:
         config: the settings.
         folder: gets `config.json`, `metrics.jsonl`, `checkpoints/`, `report.html` and the PNGs.
         existing: what to do with a run that the folder holds: refuse to start, go on from its
-            latest checkpoint, or remove it.
+            newest whole checkpoint (`"weights"`: also at another number of ranks or `ep_size`), or remove it.
         compare: folders of other runs to show in the report.
+        asked: the signal that this process was asked to stop by, 0 for none.
+        moved: told where this rank is, at each step and in what takes longer.
 
     Raises:
         ValueError: on every rank alike, for data or settings that cannot be used, a folder that
-            holds a run already, a checkpoint of other settings, or nothing to compare with.
+            holds a run already, a checkpoint of other settings, none that is whole, or nothing to compare with.
     """
 
     def __init__(
-        self, config: RunConfig, folder: Path, existing: Existing = "refuse", compare: Sequence[Path] = ()
+        self,
+        config: RunConfig,
+        folder: Path,
+        existing: Existing = "refuse",
+        compare: Sequence[Path] = (),
+        *,
+        asked: Callable[[], int] = lambda: 0,
+        moved: Callable[[str], None] = lambda where: None,
     ) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self.folder, self.compare = folder, compare
+        self.folder, self.compare, self.moved = folder, compare, moved
         _check_layout(config.model, self.ranks)
         check_batch(config.deepspeed, self.ranks)
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -61,70 +73,139 @@ class Run:
         _check_fingerprints(found)
         config = replace(config, data=replace(config.data, fingerprint=self.corpus.fingerprint))
         self.config = _with_monitor(config, folder)
-        _together(lambda: self._claim(existing), here=self.rank == 0)
+        self.moved("choosing a checkpoint")
+        start = self._claim(existing)
+        self.moved("building the engine")
         torch.manual_seed(config.seed + self.rank)
         self.engine = _build_engine(self.config, self.corpus.vocabulary, self.rank)
-        self.first_step = checkpoint.load(self.engine, folder / "checkpoints") if existing == "resume" else 0
-        self.sink: JsonLines | None = None
-        if self.rank == 0:
-            self.sink = JsonLines(folder / METRICS)
-            if existing == "resume":
-                print(f"resuming {folder} after step {self.first_step} of {config.steps}", flush=True)
+        self.checkpoints = Checkpoints(
+            self.engine, folder / "checkpoints", config.keep_checkpoints, config.model.ep_size
+        )
+        self.stop = Agreement(asked, config.collective_timeout)
+        self.first_step, self.samples, self.owes_evaluation, self._stopped_by = 0, 0, False, 0
+        self.losses: list[torch.Tensor] = []
+        """Of this rank's micro-batches since the last record."""
+        if start:
+            self.first_step, self.samples, self.owes_evaluation = start.step, start.samples, start.owes_evaluation
+            self.losses = self.checkpoints.load(start)
+        self.sink = JsonLines(folder / METRICS) if self.rank == 0 else None
 
     def _open(self, prepared: Path, config: DataConfig) -> str:
         self.corpus = data.open_corpus(prepared, config)
         return self.corpus.fingerprint
 
-    def _claim(self, existing: Existing) -> None:
-        """Rank 0's part before the engine is built."""
-        for folder in self.compare:
-            RunLog(folder)  # says so where there is none
-        self._lock = claim(self.folder, self.config.to_dict(), existing)
+    def _claim(self, existing: Existing) -> Manifest | None:
+        """Make the folder this run's, before the engine is built; the checkpoint to go on from."""
+        settings = self.config.to_dict()
+
+        def lock() -> None:
+            for folder in self.compare:
+                RunLog(folder)  # says so where there is none
+            self._lock = claim(self.folder, settings, existing)
+
+        _together(lock, here=self.rank == 0)
+        start: Manifest | None = None
+        damages: list[str] = []
+        if existing in ("resume", "weights"):
+            start, damages = choose(self.folder / "checkpoints")
+        if start:
+            _check_start(start, self.ranks, self.config.model.ep_size, existing)
+        _together(lambda: begin(self.folder, settings, start), here=self.rank == 0)
+        for damage in damages:
+            say(f"{damage}: going on from the one before, of step {start.step if start else 0}")
+        if existing in ("resume", "weights") and self.rank == 0:
+            step = start.step if start else 0
+            print(f"resuming {self.folder} after step {step} of {self.config.steps}", flush=True)
+        return start
 
     def train(self) -> dict[str, Any]:
-        """Train to the last step, evaluate on all held-out text, and save. The last evaluation."""
+        """Train to the last step, save, and evaluate on all held-out text. The last evaluation.
+
+        Raises:
+            Stopped: on every rank alike, after a signal and when all have saved.
+            NotSavedError: on every rank alike, when the checkpoint at the end or at a signal could not be written.
+        """
         engine, config = self.engine, self.config
         micro, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
+        batch = micro * accumulation * self.ranks
         batches = data.training_batches(
             self.corpus,
             config.data,
-            first_sample=self.first_step * micro * accumulation * self.ranks,
+            first_sample=self.samples,
             micro_batch=micro,
             rank=self.rank,
             ranks=self.ranks,
         )
-        progress = Progress(engine, config, self.corpus.vocabulary, self.first_step, self._seconds_so_far())
-        losses = []
+        progress = Progress(
+            engine, config, self.corpus.vocabulary, self.first_step, self.samples, self._seconds_so_far()
+        )
         engine.train()
+        if self.owes_evaluation:
+            progress.pause(lambda: self._evaluate_on_the_way(self.first_step))
         for step in range(self.first_step + 1, config.steps + 1):
+            self.moved(f"in step {step}")
+            self.stop.ask()
             for _ in range(accumulation):
                 tokens_BL, labels_BL, _ = progress.fetch(batches)
                 output = engine(tokens_BL.to(engine.device), labels_BL.to(engine.device))
                 engine.backward(output.loss)
                 engine.step()
-                losses.append(output.loss.detach())
+                self.losses.append(output.loss.detach())
+            self.samples += batch
             progress.advance()
             if progress.is_due(step):
-                loss, record = progress.record(losses)
-                self._record(record)
-                losses.clear()
-                if not math.isfinite(loss) and not engine.fp16_enabled():
-                    # The mean is the same on every rank, so every rank stops here.
-                    raise RuntimeError(
-                        f"the training loss is {loss} in the steps up to {step}: lower deepspeed.optimizer.params.lr "
-                        "and start anew, or --resume from the last checkpoint"
-                    )
-            if config.eval_every and step % config.eval_every == 0:
-                progress.pause(lambda: self._evaluate(config.eval_sequences))
+                self._log(progress, step)
+            number = self.stop.agreed()
             # After the step's records, which a run resumed from here will not write again.
-            if config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps:
-                progress.pause(lambda: checkpoint.save(engine, self.folder / "checkpoints", config.keep_checkpoints))
+            progress.pause(lambda step=step, number=number: self._end(step, number))  # type: ignore[misc]
         progress.close()
-        if self.first_step < config.steps:
-            checkpoint.save(engine, self.folder / "checkpoints", config.keep_checkpoints)
-        return self._evaluate(0, final=True)
+        result = self._evaluate(0, final=True)
+        if result is None:
+            raise Stopped(self._stopped_by, config.steps)
+        return result
 
-    def _evaluate(self, limit: int, final: bool = False) -> dict[str, Any]:
+    def _log(self, progress: Progress, step: int) -> None:
+        loss, record = progress.record(self.losses)
+        self._record(record)
+        self.losses.clear()
+        if not math.isfinite(loss) and not self.engine.fp16_enabled():
+            # The mean is the same on every rank, so every rank stops here.
+            raise RuntimeError(
+                f"the training loss is {loss} in the steps up to {step}: lower deepspeed.optimizer.params.lr "
+                "and start anew, or --resume from the last checkpoint"
+            )
+
+    def _end(self, step: int, number: int) -> None:
+        """What is due after a step: evaluation, checkpoint, and where a signal says so, the end."""
+        config = self.config
+        evaluates = config.eval_every and step % config.eval_every == 0
+        saves = config.checkpoint_every and step % config.checkpoint_every == 0
+        if evaluates:
+            self.owes_evaluation = True
+            if not number:
+                self._evaluate_on_the_way(step)
+                number = self.stop.at_once()
+        if saves or number or step == config.steps:
+            self._save(must=bool(number) or step == config.steps)
+            number = number or self.stop.at_once()
+        if number:
+            if self.checkpoints.newest != step:
+                self._save(must=True)
+            raise Stopped(number, step)
+
+    def _save(self, must: bool) -> None:
+        self.moved(f"saving step {self.engine.global_steps}")
+        problem = self.checkpoints.save(self.samples, self.losses, self.owes_evaluation)
+        if problem and must:
+            raise NotSavedError(problem)
+        if problem:
+            say(f"WARNING: {problem}. Training goes on; the next try is in {self.config.checkpoint_every} steps")
+
+    def _evaluate_on_the_way(self, step: int) -> None:
+        self.owes_evaluation = self._evaluate(self.config.eval_sequences) is None
+
+    def _evaluate(self, limit: int, final: bool = False) -> dict[str, Any] | None:
+        """Evaluate and record it. None where a signal stopped it: nothing is recorded then."""
         engine = self.engine
         batches = data.heldout_batches(
             self.corpus,
@@ -134,12 +215,12 @@ class Run:
             rank=self.rank,
             ranks=self.ranks,
         )
-        result = {
-            "kind": "evaluation",
-            "step": engine.global_steps,
-            "final": final,
-            **evaluate(engine, batches, self.corpus),
-        }
+        self.stop.ask()
+        found = evaluate(engine, batches, self.corpus, self._stops)
+        self.stop.agreed()
+        if found is None:
+            return None
+        result = {"kind": "evaluation", "step": engine.global_steps, "final": final, **found}
         self._record(result)
         if self.rank == 0:
             bits = "-" if result["bits_per_byte"] is None else f"{result['bits_per_byte']:.3f}"
@@ -148,6 +229,13 @@ class Run:
                 f"step {result['step']}: {bits} bits per byte on {which} held-out text, {result['tokens']:,} tokens"
             )
         return result
+
+    def _stops(self) -> bool:
+        """Called after each batch of an evaluation."""
+        self.moved(f"evaluating after step {self.engine.global_steps}")
+        self._stopped_by = self.stop.agreed()
+        self.stop.ask()
+        return bool(self._stopped_by)
 
     def _seconds_so_far(self) -> float:
         """Training time of the steps that a resumed run does not do again; only rank 0 knows it."""
@@ -158,7 +246,10 @@ class Run:
 
     def _record(self, record: dict[str, Any]) -> None:
         if self.sink:
-            self.sink.write(record)
+            try:
+                self.sink.write(record)
+            except OSError as error:  # what is in the file's buffer goes out with the next record that finds room
+                say(f"WARNING: cannot write {self.sink.path}: {error.strerror}. Training goes on")
 
     def report(self) -> None:
         """Write `report.html` and its pictures; rank 0 alone."""
@@ -188,6 +279,15 @@ def _with_monitor(config: RunConfig, folder: Path) -> RunConfig:
     block = dict(config.deepspeed["ssr"])
     block["monitor"] = {"interval": config.log_every, "path": str(folder / METRICS), **block.get("monitor", {})}
     return replace(config, deepspeed={**config.deepspeed, "ssr": block})
+
+
+def _check_start(start: Manifest, ranks: int, ep_size: int, existing: Existing) -> None:
+    if existing == "resume" and (start.ranks, start.ep_size) != (ranks, ep_size):
+        raise ValueError(
+            f"the checkpoint {start.tag} was written by {start.ranks} ranks with model.ep_size = {start.ep_size}; this "
+            f"run has {ranks} and {ep_size}: resume as it was, or with `--resume weights`, which begins the "
+            "optimizer's moments anew"
+        )
 
 
 def _check_layout(model: ModelConfig, ranks: int) -> None:
