@@ -48,7 +48,7 @@ test-hosts: setup
 	  home=$(CURDIR)/$(VENV)/$$host; \
 	  test -d $$home || $(BIN)/python -m pip install --quiet --no-deps --target $$home $${host%-*}==$${host##*-} || exit; \
 	  echo "$$host"; \
-	  TORCH_EXTENSIONS_DIR=$$home/extensions PYTHONPATH=$$home $(BIN)/python -m pytest tests/hosts tests/patches || exit; \
+	  TORCH_EXTENSIONS_DIR=$$home/extensions PYTHONPATH=$$home:$$PYTHONPATH $(BIN)/python -m pytest tests/hosts tests/patches || exit; \
 	done
 
 # The study of balancing rules: hours of two cores, resumed where it was. The quick one reruns a part

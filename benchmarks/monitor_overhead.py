@@ -7,8 +7,8 @@ Hosts: `deepspeed.moe.layer.MoE` with `SSRGate` and with plain `TopKGate`, and a
 nothing but the monitor touches. Timed are the forward hooks, among them the one that reads `attention_mask`, and what
 the engine calls at the end of a step; kernels run on the same thread, so theirs is in it. Figures are medians: the
 share of the step, and microseconds a layer and step, of ordinary steps, of a window's first, where a closer look is
-taken at every layer, and of its last, where the window is reduced and reported. Beside them the mean of all steps, and
-what as many calls of an empty function cost after the same work: that much of the figures is the clock and cold caches.
+taken at every layer, and of its last, where the window is reduced and reported. Beside them the mean of all steps. What
+an empty function costs under the same clock, after the same work, is taken off for every call and shown.
 """
 
 from __future__ import annotations
@@ -72,19 +72,22 @@ def measure(host: str, layers: int, steps: int, interval: int, tokens: int) -> d
     clock, empty = _Clock(), _Clock()
     clock.watch(engine)
     nothing = empty.timed(lambda: None)
-    seconds, calls = [], []
+    seconds, calls, numbers = [], [], []
     warmup = interval
     for step in range(warmup + steps):
         inputs = batch(step)
-        clock.seconds, began = 0.0, time.perf_counter()
+        clock.seconds, clock.calls, began = 0.0, 0, time.perf_counter()
         loss = engine(**inputs).loss
         engine.backward(loss)
         engine.step()
         nothing()
         seconds.append(time.perf_counter() - began)
         calls.append(clock.seconds)
+        numbers.append(clock.calls)
     close_engine(engine)
     timed = range(warmup, warmup + steps)
+    nothings = empty.seconds / (warmup + steps)
+    calls = [measured - number * nothings for measured, number in zip(calls, numbers, strict=True)]
 
     def median(chosen: Callable[[int], bool]) -> float:
         return 1e6 / layers * statistics.median(calls[step] for step in timed if chosen(step % interval))
@@ -96,7 +99,7 @@ def measure(host: str, layers: int, steps: int, interval: int, tokens: int) -> d
         "first": median(lambda place: place == 0),
         "last": median(lambda place: place == interval - 1),
         "mean": 1e6 / layers * statistics.mean(calls[step] for step in timed),
-        "empty": 1e6 * empty.seconds / (warmup + steps),
+        "empty": 1e6 * nothings,
     }
 
 
@@ -104,13 +107,14 @@ class _Clock:
     """Sums the seconds of the calls that it is put around."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds, self.calls = 0.0, 0
 
     def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
             result = function(*args, **kwargs)
             self.seconds += time.perf_counter() - began
+            self.calls += 1
             return result
 
         return call

@@ -8,7 +8,7 @@ Shapes: T tokens, E experts, K choices a token, M model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -194,17 +194,11 @@ class Router(nn.Module):
             flag |= ~(torch.isfinite(lowest) & torch.isfinite(highest))
 
 
-class LocalHook:
+class LocalHook(functools.partial):
     """A hook of this process alone: where its module is pickled or copied, one that does nothing takes its place.
 
     That one is the standard library's, so that the module loads where this package is not.
     """
-
-    def __init__(self, call: Callable[..., None]) -> None:
-        self._call = call
-
-    def __call__(self, module: nn.Module, inputs: Any, more: Any) -> None:
-        self._call(module, inputs, more)
 
     def __reduce__(self) -> Any:
         return getattr, (nullcontext(), "__exit__")
@@ -221,4 +215,4 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def recomputes() -> bool:
     """Whether backward is recomputing a checkpointed pass, which has been observed before."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_dynamo_compiling() and torch._C._current_graph_task_id() != -1

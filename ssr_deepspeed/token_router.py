@@ -66,8 +66,9 @@ class Padding:
     """Which tokens of a model's batch are padding, for routers whose host does not tell them."""
 
     def __init__(self) -> None:
-        self._mask: Tensor | None = None
-        self._used: Tensor | None = None
+        self.used_T: Tensor | None = None
+        """Of the model's last batch, false where a token is padding, as it came; None where nothing is known."""
+        self._there: Tensor | None = None
         self._position: int | None = None
 
     def read(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -78,19 +79,19 @@ class Padding:
                 names = list(inspect.signature(model.forward).parameters)
                 self._position = names.index("attention_mask") if "attention_mask" in names else len(names)
             mask = args[self._position] if self._position < len(args) else None
-        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        self._used = None
+        self.used_T = mask.reshape(-1) != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._there = None
 
     def used(self, tokens: int, device: torch.device) -> Tensor | None:
         """False where a token is padding, of a pass over that many tokens; None where nothing is known.
 
         One tensor for all layers, on their device: a model moves a mask there itself.
         """
-        if self._mask is None or self._mask.numel() != tokens:
+        if self.used_T is None or len(self.used_T) != tokens:
             return None
-        if self._used is None or self._used.device != device:
-            self._used = (self._mask != 0).reshape(-1).to(device, non_blocking=True)
-        return self._used
+        if self._there is None or self._there.device != device:
+            self._there = self.used_T.to(device, non_blocking=True)
+        return self._there
 
 
 class TokenRouter(Router):

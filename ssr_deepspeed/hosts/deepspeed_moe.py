@@ -17,7 +17,7 @@ from deepspeed.moe.sharded_moe import TopKGate
 from torch import Tensor, nn
 
 from ssr_deepspeed.gate import SSRGate
-from ssr_deepspeed.monitor import LoadMonitor, Pass, Sample, sample_pass
+from ssr_deepspeed.monitor import LoadMonitor, Sample, sample_pass
 from ssr_deepspeed.router import LocalHook
 
 
@@ -41,17 +41,14 @@ def count_routes(gate: TopKGate, monitor: LoadMonitor, layer: int) -> torch.util
     def hook(module: TopKGate, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         if not module.training:
             return
-        ssr = module.ssr if isinstance(module, SSRGate) else None
-        capacity = output[1] if len(output) == 7 else output[1].shape[2]
-        counted = Pass(
-            output[-1],
-            None if ssr is None else ssr.dispatched_E,
-            # Every drop policy keeps as many routes as there are slots.
-            capacity if module.drop_tokens else None,
-            None if ssr is None else ssr.solution,
-        )
-        monitor.add(layer, counted)
-        monitor.sample(layer, counted.solution is not None, lambda: _look(module, inputs, output))
+        ssr = vars(module).get("ssr")
+        dispatched_E, solution = (None, None) if ssr is None else (ssr.dispatched_E, ssr.solution)
+        # Every drop policy keeps as many routes as there are slots.
+        capacity = None
+        if module.drop_tokens:
+            capacity = output[1] if len(output) == 7 else output[1].shape[2]
+        if monitor.add(layer, output[-1], dispatched_E, capacity, solution):
+            monitor.sample(layer, solution is not None, lambda: _look(module, inputs, output))
 
     return gate.register_forward_hook(LocalHook(hook))
 

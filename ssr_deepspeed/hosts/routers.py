@@ -13,7 +13,7 @@ from torch import nn
 from ssr_deepspeed.config import RULES_OF_KEY, SSRConfig
 from ssr_deepspeed.gate import SSRGate
 from ssr_deepspeed.hosts import deepspeed_moe, inspection
-from ssr_deepspeed.monitor import LoadMonitor, Pass, Sample, sample_pass
+from ssr_deepspeed.monitor import LoadMonitor, Sample, sample_pass
 from ssr_deepspeed.router import LocalHook, Router, has_own_forward
 from ssr_deepspeed.routing import asked_routes, routes_of_each
 from ssr_deepspeed.token_router import HostContract, Padding, TokenRouter, refusal
@@ -68,27 +68,27 @@ class Found:
             return deepspeed_moe.count_routes(self.module, monitor, layer)
         contract = self.contract
 
+        def look(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> Sample | None:
+            logits_TE = contract.logits_of(module, inputs[0], output)
+            if logits_TE is None:
+                return None
+            indices_TK = output[contract.indices_at].long()
+            potential = module.ssr.largest_potential() if isinstance(module, TokenRouter) else None
+            used_T = padding.used(len(indices_TK), indices_TK.device)
+            demand_E = routes_of_each(indices_TK, asked_routes(indices_TK, used_T), contract.experts)
+            return sample_pass(logits_TE, indices_TK, demand_E, used_T, potential)
+
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
             if not module.training:
                 return
-            ssr = module.ssr if isinstance(module, TokenRouter) else None
+            ssr = vars(module).get("ssr")
             solution, indices_TK = None if ssr is None else ssr.solution, output[contract.indices_at]
-            # These hosts drop nothing.
             if ssr is not None and ssr.demand_E is not None:
-                monitor.add(layer, Pass(ssr.demand_E, solution=solution))
+                wanted = monitor.add(layer, ssr.demand_E, None, None, solution)
             else:
-                monitor.add_routes(layer, indices_TK, padding.used(len(indices_TK), indices_TK.device), solution)
-
-            def look() -> Sample | None:
-                logits_TE = contract.logits_of(module, inputs[0], output)
-                if logits_TE is None:
-                    return None
-                potential = None if ssr is None else ssr.largest_potential()
-                used_T = padding.used(len(indices_TK), indices_TK.device)
-                demand_E = routes_of_each(indices_TK.long(), asked_routes(indices_TK, used_T), contract.experts)
-                return sample_pass(logits_TE, indices_TK.long(), demand_E, used_T, potential)
-
-            monitor.sample(layer, solution is not None, look)
+                wanted = monitor.add_routes(layer, indices_TK, padding.used_T, solution)
+            if wanted:
+                monitor.sample(layer, solution is not None, lambda: look(module, inputs, output))
 
         return self.module.register_forward_hook(LocalHook(hook))
 

@@ -7,12 +7,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ssr_deepspeed.monitor.counts import LoadMonitor, LoadWindow, Pass
+    from ssr_deepspeed.monitor.counts import LoadMonitor, LoadWindow
     from ssr_deepspeed.monitor.metrics import layer_metrics, model_metrics
     from ssr_deepspeed.monitor.names import METRICS
     from ssr_deepspeed.monitor.sample import Sample, sample_pass
 
-__all__ = ["METRICS", "LoadMonitor", "LoadWindow", "Pass", "Sample", "layer_metrics", "model_metrics", "sample_pass"]
+__all__ = ["METRICS", "LoadMonitor", "LoadWindow", "Sample", "layer_metrics", "model_metrics", "sample_pass"]
 
 _HOMES = ("names", "counts", "sample", "metrics")
 

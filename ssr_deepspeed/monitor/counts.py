@@ -34,17 +34,16 @@ _AT_ONCE = 128
 _MOST_ROUTES = 2**20
 
 
-class Pass(NamedTuple):
-    """What one training pass of a router counted. Tensors stay on the device."""
+class _Pass(NamedTuple):
+    """What one training pass of a router counted; see `LoadMonitor.add`."""
 
+    step: int
+    """Of the window."""
+    layer: int
     demand_E: Tensor
-    """int64, routes that experts were asked to take, without padding."""
-    dispatched_E: Tensor | None = None
-    """int64, routes that found a slot; None: as many as there are slots."""
-    capacity: int | Tensor | None = None
-    """Slots of each expert, a tensor on the CPU if it is one; None where hosts drop nothing."""
-    solution: Solution | None = None
-    """Of the transport problem that the pass solved."""
+    dispatched_E: Tensor | None
+    capacity: int | Tensor | None
+    solution: Solution | None
 
 
 @dataclass(frozen=True)
@@ -165,13 +164,14 @@ class LoadMonitor:
         self._buffer = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         self._shapes, self._sizes = shapes, sizes
         self._parts = self._views(self._buffer)
-        self._passes: list[tuple[int, int, Pass]] = []
+        self._passes: list[tuple[Any, ...]] = []
         self._uncounted: list[tuple[int, int, Tensor, Tensor | None, Solution | None]] = []
         self._routes = 0
         self._slots = [0] * len(layers)
         self._places: dict[int, Tensor] = {}
         self._rows: dict[tuple[int, tuple[int, ...]], _Rows] = {}
-        self._sampled: dict[int, bool] = {}
+        # Whether there was a closer look in this window, at a softmax pass (0) or a transport pass (1); else -1.
+        self._sampled = [-1] * len(layers)
         self._row = 0
         self._first_step: int | None = None
         self._pending: tuple[int, int, Tensor, Any] | None = None
@@ -185,37 +185,55 @@ class LoadMonitor:
         if len(ranks) > 1:
             self._places[layer] = torch.tensor(ranks, device=self._buffer.device)
 
-    def add(self, layer: int, counted: Pass) -> None:
+    def add(
+        self,
+        layer: int,
+        demand_E: Tensor,
+        dispatched_E: Tensor | None = None,
+        capacity: int | Tensor | None = None,
+        solution: Solution | None = None,
+    ) -> bool:
         """Count one training pass of one router. Skipped while backward recomputes activations.
+
+        The tensors stay on the device, and are kept until they are added to the buffer.
 
         Args:
             layer: index into `layers`.
-            counted: this rank's counts; kept until they are added to the buffer.
-        """
-        if not recomputes():
-            self._passes.append((self._row, layer, counted))
+            demand_E: int64, routes that experts were asked to take, without padding.
+            dispatched_E: int64, routes that found a slot; None: as many as there are slots.
+            capacity: slots of each expert, a tensor on the CPU if it is one; None where hosts drop nothing.
+            solution: of the transport problem that the pass solved.
 
-    def add_routes(self, layer: int, indices_TK: Tensor, used: Tensor | None, solution: Solution | None) -> None:
-        """Count one training pass of a router whose host drops nothing and does not say its demand.
+        Returns:
+            Whether a closer look at this pass is wanted, by `sample`.
+        """
+        if recomputes():
+            return False
+        # Between two layers' kernels nothing is in the processor's caches: every Python object costs, so a plain tuple.
+        self._passes.append((self._row, layer, demand_E, dispatched_E, capacity, solution))
+        return self._sampled[layer] < (solution is not None)
+
+    def add_routes(self, layer: int, indices_TK: Tensor, used: Tensor | None, solution: Solution | None) -> bool:
+        """As `add`, for a router whose host drops nothing and does not say its demand.
 
         Args:
             layer: index into `layers`.
             indices_TK: chosen experts.
-            used: bool, T entries, false for padding; one tensor for all layers saves time. None: no padding.
+            used: bool, on any device, false for padding; one tensor for all layers saves time. None, or another
+                number of entries than T: no padding.
             solution: of the transport problem that the pass solved.
         """
         if recomputes():
-            return
+            return False
         self._uncounted.append((self._row, layer, indices_TK, used, solution))
         self._routes += indices_TK.numel()
         if self._routes >= _MOST_ROUTES:
             self._count()
+        return self._sampled[layer] < (solution is not None)
 
     def sample(self, layer: int, transport: bool, look: Callable[[], Sample | None]) -> None:
-        """Have a closer look at one training pass of each layer and window: the first, or the first transport pass."""
-        if self._sampled.get(layer, -1) >= transport or recomputes():
-            return
-        self._sampled[layer] = transport
+        """Have a closer look at a pass that asks for it: the first of each window, and the first by transport."""
+        self._sampled[layer] = int(transport)
         with torch.no_grad():
             sample = look()
         if sample is not None:
@@ -273,7 +291,7 @@ class LoadMonitor:
             sampled_LX = saved["rest"][: self._sizes[1]].view(self._shapes["sampled"])
             # A closer look is not taken again; where there was a transport pass, it was at one.
             seen, solved = sampled_LX[:, SAMPLED - 1] > 0, saved["steps"][..., 1 - _EXTRA].sum(0) > 0
-            self._sampled = {layer: bool(solved[layer]) for layer in seen.nonzero().flatten().tolist()}
+            self._sampled = torch.where(seen, solved.long(), -1).tolist()
         if self._rank == 0:  # the others' counts are in it
             self._parts["steps"][: self._row] = saved["steps"]
             slots = saved["rest"][self._sizes[1] :][: len(self.layers)]  # where they are for any number of ranks
@@ -290,46 +308,46 @@ class LoadMonitor:
             _, layer, _, used, _ = alike[0]
             indices_NTK = torch.stack([indices_TK for _, _, indices_TK, _, _ in alike]).long()
             asked_NTK = torch.ones_like(indices_NTK)
-            if used is not None:
-                asked_NTK *= used.view(-1, 1)
+            if used is not None and len(used) == asked_NTK.shape[1]:
+                asked_NTK *= used.to(asked_NTK.device, non_blocking=True).view(-1, 1)
             demand_NE = indices_NTK.new_zeros(len(alike), self.experts[layer])
             demand_NE.scatter_add_(1, indices_NTK.flatten(1), asked_NTK.flatten(1))
             for (step, layer, *_, solution), demand_E in zip(alike, demand_NE.unbind(0), strict=True):
-                self._passes.append((step, layer, Pass(demand_E, solution=solution)))
+                self._passes.append((step, layer, demand_E, None, None, solution))
 
     def _fold(self, last: bool) -> None:
         """Add the passes of the steps that are over to the buffer."""
         self._count()
-        passes = sorted([one for one in self._passes if one[0] < self._row], key=lambda one: one[0])
+        passes = sorted([_Pass(*one) for one in self._passes if one[0] < self._row], key=lambda one: one.step)
         self._passes = [one for one in self._passes if one[0] >= self._row]
-        for experts in sorted({self.experts[layer] for _, layer, _ in passes}):
-            self._add([one for one in passes if self.experts[one[1]] == experts], experts, last)
+        for experts in sorted({self.experts[one.layer] for one in passes}):
+            self._add([one for one in passes if self.experts[one.layer] == experts], experts, last)
 
-    def _add(self, passes: list[tuple[int, int, Pass]], experts: int, last: bool) -> None:
+    def _add(self, passes: list[_Pass], experts: int, last: bool) -> None:
         """Add passes of layers with that many experts, in as few operations as there can be: they take the time."""
-        first = passes[0][0] * len(self.layers)
-        rows = self._rows_for(tuple([step * len(self.layers) + layer - first for step, layer, _ in passes]), experts)
-        rows.demand_NE.copy_(torch.stack([counted.demand_E for *_, counted in passes]))
-        if any(counted.dispatched_E is not None for *_, counted in passes):
-            kept = [c.demand_E if c.dispatched_E is None else c.dispatched_E for *_, c in passes]
+        first = passes[0].step * len(self.layers)
+        rows = self._rows_for(tuple([one.step * len(self.layers) + one.layer - first for one in passes]), experts)
+        rows.demand_NE.copy_(torch.stack([one.demand_E for one in passes]))
+        if any(one.dispatched_E is not None for one in passes):
+            kept = [one.demand_E if one.dispatched_E is None else one.dispatched_E for one in passes]
             rows.dispatched_NE.copy_(torch.stack(kept))
         else:
             rows.dispatched_NE.copy_(rows.demand_NE)
         # Equal ones together, and as numbers: a copy of them to the device would wait for it.
-        capacities = [None if c.capacity is None else int(c.capacity) for *_, c in passes]
+        capacities = [None if one.capacity is None else int(one.capacity) for one in passes]
         start = 0
         for capacity, run in itertools.groupby(capacities):
             stop = start + len(list(run))
             if capacity is not None:
                 rows.dispatched_NE[start:stop].clamp_(max=capacity)
-                for _, layer, _ in passes[start:stop]:
-                    self._slots[layer] += experts * capacity
+                for one in passes[start:stop]:
+                    self._slots[one.layer] += experts * capacity
             start = stop
-        rows.set_solutions([counted.solution for *_, counted in passes])
+        rows.set_solutions([one.solution for one in passes])
         rows.add_to(self._parts["steps"].view(-1, 2 * self._width + _EXTRA), first)
         if last and self._places:
-            here = [place for place, (step, _, _) in enumerate(passes) if step == self._row - 1]
-            self._receive([passes[place][1] for place in here], rows.dispatched_NE[here[0] :] if here else [])
+            here = [place for place, one in enumerate(passes) if one.step == self._row - 1]
+            self._receive([passes[place].layer for place in here], rows.dispatched_NE[here[0] :] if here else [])
 
     def _rows_for(self, places: tuple[int, ...], experts: int) -> _Rows:
         rows = self._rows.get((experts, places))
@@ -373,7 +391,7 @@ class LoadMonitor:
         self._buffer.zero_()
         self._passes, self._uncounted, self._routes = [], [], 0
         self._slots = [0] * len(self.layers)
-        self._sampled = {}
+        self._sampled = [-1] * len(self.layers)
         self._row, self._first_step = 0, None
 
     def _window(self, first_step: int, steps: int, parts: dict[str, Tensor]) -> LoadWindow:

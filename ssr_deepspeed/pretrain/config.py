@@ -1,7 +1,8 @@
 """Settings of a pretraining run: one JSON file that names or contains its model and DeepSpeed JSON.
 
-A run file holds `"model"` and `"deepspeed"` either as objects or as paths relative to itself, and
-the settings of `RunConfig`. Flags only choose files and override single keys.
+A run file holds `"model"` and `"deepspeed"` as objects, as paths relative to itself, or as a list of both in which
+later ones override earlier ones key by key, and the settings of `RunConfig`. Flags only choose files and override
+single keys.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ssr_deepspeed.config import LOSS_RULES, SSRConfig, find_block
-from ssr_deepspeed.section import Section, require
+from ssr_deepspeed.section import Section, merge, require
 
 Checkpointing = Literal["none", "reentrant", "non_reentrant", "deepspeed"]
 
@@ -55,6 +56,8 @@ class ModelConfig(Section):
     """One matrix for input embedding and output logits."""
     rope_base: float = 10000.0
     """Base of the rotary frequencies."""
+    dropout: float = 0.0
+    """Share of the embeddings and of what each attention and feed-forward layer adds that is zeroed in training."""
     activation_checkpointing: Checkpointing = "none"
     """Recompute each block in the backward pass: with torch's two ways or DeepSpeed's."""
 
@@ -69,6 +72,7 @@ class ModelConfig(Section):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         require(self.auxiliary_loss >= 0, "auxiliary_loss", self.auxiliary_loss, "at least 0")
         require(self.min_capacity >= 0, "min_capacity", self.min_capacity, "at least 0")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,8 @@ class DataConfig(Section):
     """Bytes, or a byte-level BPE trained on the training documents."""
     vocabulary: int = 4096
     """Tokens of the trained BPE; at least 257."""
+    tokenizer_sample: int = 100_000_000
+    """Bytes of training documents, drawn at random, that the BPE is trained on; all where the source has fewer."""
     sequence_length: int = 256
     """Tokens a sequence."""
     heldout: float = 0.05
@@ -97,7 +103,12 @@ class DataConfig(Section):
     seed: int = 0
     """Seed of the held-out split and of the order of sequences."""
     cache: str | None = None
-    """Folder of the tokenised text; by default `ssr_deepspeed` in the user's cache folder."""
+    """Folder of the tokenised texts; by default `ssr_deepspeed` in the user's cache folder. A text that is not
+    there is prepared when a run starts."""
+    prepared: str | None = None
+    """One folder that `ssr-prepare --output` made; the source is then not needed, and nothing is prepared."""
+    fingerprint: str | None = None
+    """Fingerprint that the prepared text must have; a run's `config.json` gets that of its text."""
     workers: int = 0
     """Loader processes of each rank."""
 
@@ -105,6 +116,7 @@ class DataConfig(Section):
         require(0 < self.heldout < 1, "heldout", self.heldout, "above 0 and below 1")
         require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "at least 2")
         require(self.vocabulary >= 257, "vocabulary", self.vocabulary, "at least 257: 256 bytes and an end of document")
+        require(self.tokenizer_sample >= 1, "tokenizer_sample", self.tokenizer_sample, "at least 1")
         require(self.workers >= 0, "workers", self.workers, "at least 0")
 
 
@@ -133,12 +145,16 @@ class RunConfig(Section):
     step, save, batch of evaluation or preparation of data takes."""
     seed: int = 0
     """Seed of the weights and of everything random in training."""
+    peak_flops: float | None = None
+    """Floating-point operations a second that one device could do, for the utilisation in the records; `null`: those
+    of the device in the data sheet, where it is known."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("eval_every", "eval_sequences", "checkpoint_every"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(self.peak_flops is None or self.peak_flops > 0, "peak_flops", self.peak_flops, "above 0, or null")
         require(self.timeout > 0, "timeout", self.timeout, "above 0")
         if self.deepspeed.get("use_data_before_expert_parallelism"):
             raise ValueError(
@@ -165,16 +181,21 @@ def load_run(path: str, overrides: list[str]) -> RunConfig:
     """Read a run file and apply `key.key=value` overrides, whose values are JSON or else strings.
 
     Raises:
-        ValueError: the file is missing or not JSON, or a key or value is wrong.
+        ValueError: the file is missing or not JSON, or a key or value is wrong, also one of DeepSpeed's.
     """
+    # DeepSpeed takes seconds to import.
+    from ssr_deepspeed.pretrain.deepspeed_json import check_deepspeed
+
     file = find_config(path)
     settings = _read_json(file)
     for section in ("model", "deepspeed"):
-        if isinstance(settings.get(section), str):
-            settings[section] = _read_json(file.parent / settings[section])
+        if isinstance(settings.get(section), str | list):
+            settings[section] = _assemble(settings[section], section, file.parent)
     for override in overrides:
         _override(settings, override)
-    return RunConfig.from_dict(settings, path="")
+    config = RunConfig.from_dict(settings, path="")
+    check_deepspeed(config.deepspeed)
+    return config
 
 
 def find_config(path: str) -> Path:
@@ -202,6 +223,17 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{file} must hold a JSON object")
     return settings
+
+
+def _assemble(parts: str | list[Any], section: str, folder: Path) -> dict[str, Any]:
+    """A section from its parts: files, relative to the folder, and objects; later keys win."""
+    whole: dict[str, Any] = {}
+    for part in parts if isinstance(parts, list) else [parts]:
+        read = _read_json(folder / part) if isinstance(part, str) else part
+        if not isinstance(read, dict):
+            raise ValueError(f"{section} contains {part!r}; allowed: a file's path, a JSON object, or a list of these")
+        whole = merge(whole, read)
+    return whole
 
 
 def _override(settings: dict[str, Any], override: str) -> None:

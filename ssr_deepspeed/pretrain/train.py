@@ -26,11 +26,13 @@ from ssr_deepspeed.monitor.report import write_report
 from ssr_deepspeed.monitor.sinks import JsonLines, read_json_lines
 from ssr_deepspeed.pretrain import data
 from ssr_deepspeed.pretrain.checkpoint import Checkpoints, NotSavedError
-from ssr_deepspeed.pretrain.config import ModelConfig, RunConfig
+from ssr_deepspeed.pretrain.config import DataConfig, ModelConfig, RunConfig
+from ssr_deepspeed.pretrain.deepspeed_json import check_batch
 from ssr_deepspeed.pretrain.evaluate import evaluate
 from ssr_deepspeed.pretrain.folder import Existing, begin, claim
 from ssr_deepspeed.pretrain.manifest import Manifest, choose
 from ssr_deepspeed.pretrain.model import MoELanguageModel
+from ssr_deepspeed.pretrain.prepare import prepare
 from ssr_deepspeed.pretrain.progress import Progress
 from ssr_deepspeed.pretrain.signals import Agreement, Stopped, say
 
@@ -64,11 +66,14 @@ class Run:
     ) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.folder, self.compare, self.moved = folder, compare, moved
-        self.config = _with_monitor(config, folder)
         _check_layout(config.model, self.ranks)
+        check_batch(config.deepspeed, self.ranks)
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        prepared = _together(lambda: data.prepare(config.data), here=local_rank == 0)
-        self.corpus = data.open_corpus(prepared[self.rank - local_rank], config.data.sequence_length)
+        prepared = _together(lambda: prepare(config.data), here=local_rank == 0)
+        found = _together(lambda: self._open(prepared[self.rank - local_rank], config.data), here=True)
+        _check_fingerprints(found)
+        config = replace(config, data=replace(config.data, fingerprint=self.corpus.fingerprint))
+        self.config = _with_monitor(config, folder)
         self.moved("choosing a checkpoint")
         start = self._claim(existing)
         self.moved("building the engine")
@@ -85,6 +90,10 @@ class Run:
             self.first_step, self.samples, self.owes_evaluation = start.step, start.samples, start.owes_evaluation
             self.losses = self.checkpoints.load(start)
         self.sink = JsonLines(folder / METRICS) if self.rank == 0 else None
+
+    def _open(self, prepared: Path, config: DataConfig) -> str:
+        self.corpus = data.open_corpus(prepared, config)
+        return self.corpus.fingerprint
 
     def _claim(self, existing: Existing) -> Manifest | None:
         """Make the folder this run's, before the engine is built; the checkpoint to go on from."""
@@ -123,13 +132,14 @@ class Run:
         batches = data.training_batches(
             self.corpus,
             config.data,
-            first_step=self.samples // batch,
+            first_sample=self.samples,
             micro_batch=micro,
-            accumulation=accumulation,
             rank=self.rank,
             ranks=self.ranks,
         )
-        progress = Progress(config, self.first_step, batch, self.rank, self._seconds_so_far())
+        progress = Progress(
+            engine, config, self.corpus.vocabulary, self.first_step, self.samples, self._seconds_so_far()
+        )
         engine.train()
         if self.owes_evaluation:
             progress.pause(lambda: self._evaluate_on_the_way(self.first_step))
@@ -137,14 +147,14 @@ class Run:
             self.moved(f"in step {step}")
             self.stop.ask()
             for _ in range(accumulation):
-                tokens_BL, labels_BL, _ = next(batches)
+                tokens_BL, labels_BL, _ = progress.fetch(batches)
                 output = engine(tokens_BL.to(engine.device), labels_BL.to(engine.device))
                 engine.backward(output.loss)
                 engine.step()
                 self.losses.append(output.loss.detach())
             self.samples += batch
             progress.advance()
-            if step % config.log_every == 0 or step == config.steps:
+            if progress.is_due(step):
                 self._log(progress, step)
             # After the step's records, which a run resumed from here will not write again.
             progress.pause(partial(self._end, step, self.stop.agreed()))
@@ -155,8 +165,8 @@ class Run:
         return result
 
     def _log(self, progress: Progress, step: int) -> None:
-        loss = _mean_over_ranks(self.losses)
-        self._record(progress.record(self.engine, loss))
+        loss, record = progress.record(self.losses)
+        self._record(record)
         self.losses.clear()
         if not math.isfinite(loss) and not self.engine.fp16_enabled():
             # The mean is the same on every rank, so every rank stops here.
@@ -288,6 +298,15 @@ def _check_layout(model: ModelConfig, ranks: int) -> None:
         )
 
 
+def _check_fingerprints(found: list[str]) -> None:
+    other = [rank for rank, fingerprint in enumerate(found) if fingerprint != found[0]]
+    if other:
+        raise ValueError(
+            f"ranks {other} have other text than rank 0: its fingerprint is {found[other[0]]!r} there and "
+            f"{found[0]!r} here; prepare it once with ssr-prepare and give every machine the same folder"
+        )
+
+
 def _together(work: Callable[[], Any], here: bool) -> list[Any]:
     """Do `work` on the ranks where `here` holds and wait for it; the results by rank.
 
@@ -309,9 +328,3 @@ def _together(work: Callable[[], Any], here: bool) -> list[Any]:
         if found:
             raise ValueError(found)
     return [result for result, _ in gathered]
-
-
-def _mean_over_ranks(losses: list[torch.Tensor]) -> float:
-    mean = torch.stack(losses).double().mean()
-    dist.all_reduce(mean)
-    return float(mean / dist.get_world_size())

@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import ssr_deepspeed.monitor.counts
-from ssr_deepspeed.monitor import METRICS, LoadMonitor, Pass, layer_metrics, model_metrics, sample_pass
+from ssr_deepspeed.monitor import METRICS, LoadMonitor, layer_metrics, model_metrics, sample_pass
 from ssr_deepspeed.monitor.sinks import engine_events, load_records, scalars
 from ssr_deepspeed.ot import Solution
 from ssr_deepspeed.routing import max_violation
@@ -18,7 +18,9 @@ def make_monitor(interval=2, experts=(4, 3), copies=1):
 
 
 def counted(demand, dispatched=None, **more):
-    return Pass(torch.as_tensor(demand), None if dispatched is None else torch.as_tensor(dispatched), **more)
+    """Arguments of `LoadMonitor.add`."""
+    dispatched_E = None if dispatched is None else torch.as_tensor(dispatched)
+    return {"demand_E": torch.as_tensor(demand), "dispatched_E": dispatched_E, **more}
 
 
 def solution(error, iterations, tolerance=1e-3):
@@ -27,10 +29,10 @@ def solution(error, iterations, tolerance=1e-3):
 
 def test_counts_of_a_window_by_step_layer_and_expert():
     monitor = make_monitor()
-    monitor.add(0, counted([4, 0, 2, 2], [3, 0, 2, 2]))
-    monitor.add(0, counted([1, 1, 1, 1], [1, 1, 1, 1], solution=solution(0.5, 7)))
+    monitor.add(0, **counted([4, 0, 2, 2], [3, 0, 2, 2]))
+    monitor.add(0, **counted([1, 1, 1, 1], [1, 1, 1, 1], solution=solution(0.5, 7)))
     assert monitor.end_step(0) is None
-    monitor.add(1, counted([2, 2, 2], [2, 2, 2]))
+    monitor.add(1, **counted([2, 2, 2], [2, 2, 2]))
     window = monitor.end_step(1)
     assert (window.first_step, window.steps) == (0, 2)
     assert window.demand_WLE[0].tolist() == [[5, 1, 3, 3], [0, 0, 0, 0]]
@@ -47,7 +49,7 @@ def test_a_window_begins_empty_and_ends_at_multiples_of_the_interval_after_a_res
     monitor = make_monitor(interval=5)
     ends = []
     for step in range(3, 14):
-        monitor.add(0, counted(torch.ones(4), torch.ones(4)))
+        monitor.add(0, **counted(torch.ones(4), torch.ones(4)))
         window = monitor.end_step(step)
         if window:
             ends.append((step + 1, window.steps, window.demand_WLE[:, 0].sum().item()))
@@ -56,7 +58,7 @@ def test_a_window_begins_empty_and_ends_at_multiples_of_the_interval_after_a_res
 
 def test_tensor_parallel_copies_are_counted_once():
     monitor = make_monitor(interval=1, copies=2)
-    monitor.add(0, counted(torch.full((4,), 6), torch.full((4,), 6)))
+    monitor.add(0, **counted(torch.full((4,), 6), torch.full((4,), 6)))
     assert monitor.end_step(0).demand_WLE[0, 0].tolist() == [3, 3, 3, 3]
 
 
@@ -65,7 +67,7 @@ def test_recomputation_is_not_counted(reentrant):
     monitor = make_monitor(interval=1)
 
     def layer(x):
-        monitor.add(0, counted(torch.ones(4), torch.ones(4)))
+        monitor.add(0, **counted(torch.ones(4), torch.ones(4)))
         return x.sin()
 
     checkpoint(layer, torch.randn(3, requires_grad=True), use_reentrant=reentrant).sum().backward()
@@ -76,7 +78,7 @@ def test_metrics_are_those_of_their_definitions():
     monitor = make_monitor(experts=(4,))
     for step, load in enumerate(([8, 4, 4, 0], [4, 4, 8, 0])):
         load = torch.tensor(load)
-        monitor.add(0, counted(load, load.clamp(max=6)))
+        monitor.add(0, **counted(load, load.clamp(max=6)))
         window = monitor.end_step(step)
     figures = layer_metrics(window)["layer 0"]
     assert figures["max_vio"] == 1.0
@@ -105,8 +107,8 @@ def test_max_violation_is_zero_for_even_load():
 
 def test_a_full_expert_dispatches_what_it_has_slots_for_and_the_slots_are_counted():
     monitor = make_monitor(interval=1)
-    monitor.add(0, counted([5, 1, 0, 2], capacity=3))
-    monitor.add(1, counted([5, 1, 2]))
+    monitor.add(0, **counted([5, 1, 0, 2], capacity=3))
+    monitor.add(1, **counted([5, 1, 2]))
     figures = layer_metrics(monitor.end_step(0))
     assert figures["layer 0"]["drop_rate"] == 2 / 8
     assert figures["layer 0"]["slot_fill"] == 6 / 12
@@ -122,11 +124,11 @@ def test_a_straggler_is_the_fullest_rank_of_each_micro_batch_and_then_the_mean(m
     monkeypatch.setattr(ssr_deepspeed.monitor.counts.dist, "all_reduce", lambda total: total.mul_(2))
     monitor = LoadMonitor(["a", "b"], [4, 4], 2, torch.device("cpu"), micro_batches=2)
     monitor.place(0, [0, 1])
-    monitor.add(0, counted([9, 9, 0, 0]))
+    monitor.add(0, **counted([9, 9, 0, 0]))
     monitor.end_step(0)
     for load in ([3, 3, 1, 1], [0, 2, 3, 3]):
-        monitor.add(0, counted(load))
-        monitor.add(1, counted(load))
+        monitor.add(0, **counted(load))
+        monitor.add(1, **counted(load))
     window = monitor.end_step(1)
     assert window.received_GLR[:, 0].tolist() == [[12, 4], [4, 12]]
     window.present_LR[0] = 1  # as the other rank would say
@@ -140,7 +142,7 @@ def test_a_window_goes_on_from_a_checkpoint_as_if_nothing_had_happened(monkeypat
         for layer in (0, 1):
             generator = torch.Generator().manual_seed(10 * number + layer)
             load = torch.randint(9, (4 - layer,), generator=generator)
-            monitor.add(layer, counted(load, capacity=5, solution=solution(0.1 * number, number)))
+            monitor.add(layer, **counted(load, capacity=5, solution=solution(0.1 * number, number)))
         return monitor.end_step(number)
 
     whole, first = make_monitor(interval=4), make_monitor(interval=4)
@@ -182,10 +184,10 @@ def test_counts_are_the_same_however_many_passes_are_added_at_once(monkeypatch, 
         for micro_batch in range(1 + step % 3):
             load, capacity = torch.randint(9, (4,)), 3 + step % 2 + micro_batch
             solving = (step + micro_batch) % 4 == 0
-            monitor.add(0, counted(load, capacity=capacity, solution=solution(0.5, 7) if solving else None))
+            monitor.add(0, **counted(load, capacity=capacity, solution=solution(0.5, 7) if solving else None))
             indices, used = torch.randint(3, (5 + micro_batch, 2)), torch.rand(5 + micro_batch) < 0.6
             monitor.add_routes(1, indices, used if micro_batch else None, None)
-            monitor.add(2, counted(load, load // 2))
+            monitor.add(2, **counted(load, load // 2))
             chosen = torch.bincount((indices[used] if micro_batch else indices).flatten(), minlength=4)
             demand[step] += torch.stack([load, chosen, load])
             dispatched[step] += torch.stack([load.clamp(max=capacity), chosen, load // 2])
@@ -207,7 +209,7 @@ def test_on_an_accelerator_a_window_is_read_one_step_later_or_when_asked(monkeyp
     monitor.reads_at_once = False
     found = []
     for number in range(6):
-        monitor.add(0, counted([number, 0, 0, 0]))
+        monitor.add(0, **counted([number, 0, 0, 0]))
         window = monitor.end_step(number)
         found.append(window and (window.first_step, window.demand_WLE[:, 0, 0].tolist()))
     assert found == [None, None, (0, [0, 1]), None, (2, [2, 3]), None]
@@ -238,9 +240,9 @@ def test_a_sample_says_what_the_softmax_would_have_done():
     assert sample.sums.tolist() == pytest.approx([float(x) for x in expected], rel=1e-5)
     assert sample.before_E.tolist() == before
     monitor = make_monitor(interval=1, experts=(6,))
+    assert monitor.add(0, **counted(torch.arange(6)))
     monitor.sample(0, False, lambda: sample)
-    monitor.sample(0, False, lambda: pytest.fail("a second look"))
-    monitor.add(0, counted(torch.arange(6)))
+    assert not monitor.add_routes(0, torch.zeros(0, 2, dtype=torch.int64), None, None)
     figures = layer_metrics(monitor.end_step(0))["layer 0"]
     assert figures["rerouted"] == pytest.approx(elsewhere / routes, abs=1e-6)
     assert figures["router_entropy"] == pytest.approx(float(entropy) / 48 / math.log(6), abs=1e-5)
@@ -251,17 +253,19 @@ def test_a_sample_says_what_the_softmax_would_have_done():
 
 
 def test_a_transport_pass_is_looked_at_rather_than_the_first():
-    monitor, seen = make_monitor(interval=3), []
-    for transport in (False, False, True, True):
-        monitor.sample(0, transport, lambda transport=transport: seen.append(transport))
-    assert seen == [False, True]
+    monitor, wanted = make_monitor(interval=5), []
+    for solved in (None, None, solution(0.5, 7), solution(0.5, 7), None):
+        wanted.append(monitor.add(0, **counted([1, 1, 1, 1], solution=solved)))
+        if wanted[-1]:
+            monitor.sample(0, solved is not None, lambda: None)
+    assert wanted == [True, False, True, False, False]
 
 
 def test_a_report_is_written_as_figures_and_loads_and_its_scalars_are_few():
     names = [f"layer {i}" for i in range(40)]
     monitor = LoadMonitor(names, [64] * 40, 1, torch.device("cpu"))
     for layer in range(40):
-        monitor.add(layer, counted(torch.arange(64) + 64 * layer))
+        monitor.add(layer, **counted(torch.arange(64) + 64 * layer))
     layers = layer_metrics(monitor.end_step(0))
     report = {"kind": "load", "step": 1, "layers": layers, "model": model_metrics(layers)}
     figures, experts = load_records(report)

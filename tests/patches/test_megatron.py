@@ -1,7 +1,8 @@
 """Upstream Megatron-DeepSpeed, run and patched: `SSR_MEGATRON` names a checkout of the commit in the patch's header.
 
-It needs what its own requirements name (here pybind11, six, torchvision, einops, regex, transformers), a C++
-compiler and make, and a DeepSpeed that it can import: at the latest 0.19.6.
+It needs what its own requirements name, of which pybind11, six and a torchvision made for this torch are not among
+this project's: put them on the PYTHONPATH. Also a C++ compiler and make, and a DeepSpeed that it can import: at the
+latest 0.19.6.
 """
 
 import importlib.util
@@ -98,7 +99,9 @@ def losses_of(result):
 
 
 def reports(megatron):
-    return [json.loads(line) for line in (megatron / "loads.jsonl").read_text().splitlines()]
+    """The load records but for their times."""
+    records = [json.loads(line) for line in (megatron / "loads.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "time"} for record in records]
 
 
 def test_an_unpatched_megatron_pretrains_with_a_block_and_a_patched_one_alike_from_arguments(unpatched):
@@ -106,8 +109,9 @@ def test_an_unpatched_megatron_pretrains_with_a_block_and_a_patched_one_alike_fr
     losses = losses_of(pretrain(unpatched, {"ssr": BLOCK}, launcher=("-m", "ssr_deepspeed.run")))
     assert losses[-1] < losses[0] - 1
     loads = reports(unpatched)
-    assert [report["step"] for report in loads] == [5, 10, 15, 20]
-    shares = [layer["transport_share"] for report in loads for layer in report["layers"].values()]
+    figures = [record for record in loads if record["kind"] == "load"]
+    assert [record["step"] for record in figures] == [5, 10, 15, 20]
+    shares = [layer["transport_share"] for record in figures for layer in record["layers"].values()]
     assert 0 < sum(shares) < len(shares)
 
     before = contents(unpatched / "megatron")
