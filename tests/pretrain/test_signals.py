@@ -15,8 +15,8 @@ def until(condition):
         time.sleep(0.01)
 
 
-def _get(numbers, armed, same, exit_file):
-    """A process that gets these signals, 0.2 s apart; ends with 7 if it survives them."""
+def _get(numbers, armed, same, exit_file, survives):
+    """Get these signals, 0.2 s apart; end with 7 where the process is to survive them, and else wait for the end."""
     os.environ["SSR_EXIT_FILE"] = exit_file
     signals._SAME = same
     taken = signals.Signals(launched=False)
@@ -26,8 +26,8 @@ def _get(numbers, armed, same, exit_file):
         before = taken._when[number]
         until(lambda before=before: time.monotonic() - before > 0.2)
         os.kill(os.getpid(), number)
-        until(lambda number=number, before=before: taken._when[number] > before)
-    until(taken.asked)
+        until(lambda number=number, before=before: taken._when[number] > before and taken.asked())
+    until(lambda: survives)
     assert taken.asked() == numbers[0]
     os._exit(7)
 
@@ -44,7 +44,7 @@ def _get(numbers, armed, same, exit_file):
 )
 def test_a_signal_ends_at_once_only_when_it_comes_again_or_before_training(tmp_path, numbers, armed, same, code, told):
     file = tmp_path / "code"
-    process = _context.Process(target=_get, args=(numbers, armed, same, str(file)))
+    process = _context.Process(target=_get, args=(numbers, armed, same, str(file), code == 7))
     process.start()
     process.join(120)
     assert process.exitcode == code
