@@ -142,7 +142,9 @@ class Run:
         )
         engine.train()
         if self.owes_evaluation:
-            progress.pause(lambda: self._evaluate_on_the_way(self.first_step))
+            progress.pause(self._evaluate_on_the_way)
+            if self.owes_evaluation:  # stopped again, at the checkpoint it began from
+                raise Stopped(self._stopped_by, self.first_step)
         for step in range(self.first_step + 1, config.steps + 1):
             self.moved(f"in step {step}")
             self.stop.ask()
@@ -183,7 +185,7 @@ class Run:
         if evaluates:
             self.owes_evaluation = True
             if not number:
-                self._evaluate_on_the_way(step)
+                self._evaluate_on_the_way()
                 number = self.stop.at_once()
         if saves or number or step == config.steps:
             self._save(must=bool(number) or step == config.steps)
@@ -201,7 +203,7 @@ class Run:
         if problem:
             say(f"WARNING: {problem}. Training goes on; the next try is in {self.config.checkpoint_every} steps")
 
-    def _evaluate_on_the_way(self, step: int) -> None:
+    def _evaluate_on_the_way(self) -> None:
         self.owes_evaluation = self._evaluate(self.config.eval_sequences) is None
 
     def _evaluate(self, limit: int, final: bool = False) -> dict[str, Any] | None:
