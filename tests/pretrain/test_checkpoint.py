@@ -109,20 +109,16 @@ def spoil(file, how):
         file.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "how"),
     [
         ("mp_rank_00_model_states.pt", "one bit"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in [
-                ("*optim_states.pt", "truncated"),
-                ("layer_1_expert_3_*", "missing"),
-                ("rank_1.pt", "empty"),
-                ("manifest.json", "one bit"),
-                ("manifest.json", "missing"),
-            ]
-        ),
+        ("*optim_states.pt", "truncated"),
+        ("layer_1_expert_3_*", "missing"),
+        ("rank_1.pt", "empty"),
+        ("manifest.json", "one bit"),
+        ("manifest.json", "missing"),
     ],
 )
 def test_a_damaged_newest_checkpoint_is_set_aside_for_the_one_before(cache, tmp_path, whole, name, how):
