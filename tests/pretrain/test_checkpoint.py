@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import shutil
 from datetime import timedelta
@@ -102,6 +104,13 @@ def spoil(file, how):
         file.unlink()
 
 
+def _heard(*arguments):
+    """What a rank says while it runs."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        _run(*arguments)
+    return said.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "how"),
     [
@@ -118,12 +127,11 @@ def spoil(file, how):
         ),
     ],
 )
-def test_a_damaged_newest_checkpoint_is_set_aside_for_the_one_before(cache, tmp_path, whole, name, how, capfd):
+def test_a_damaged_newest_checkpoint_is_set_aside_for_the_one_before(cache, tmp_path, whole, name, how):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     spoil(next((folder / "checkpoints" / "step_6").glob(name)), how)
-    run_ranks(2, _run, settings_of(cache), str(folder), "resume", folder=tmp_path)
-    said = capfd.readouterr().err
+    said = "".join(run_ranks(2, _heard, settings_of(cache), str(folder), "resume", folder=tmp_path))
     assert said.count("step_6 is damaged (") == said.count("going on from the one before, of step 4") == 2
     assert_equal_runs(folder, whole)
     names = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
