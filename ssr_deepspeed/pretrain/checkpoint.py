@@ -103,6 +103,10 @@ class Checkpoints:
         return f"the checkpoint of step {step} could not be written ({problem}); the earlier ones are as they were"
 
     def _publish(self, partial: Path, manifest: Manifest) -> None:
+        there = {file.name: file.stat().st_size for file in partial.iterdir()}
+        hidden = [name for name, (size, _) in manifest.files.items() if there.get(name) != size]
+        if hidden:
+            raise OSError(f"rank 0 does not see {hidden[0]} of another rank: put --output on a shared file system")
         manifest.write(partial)
         target = self.folder / manifest.tag
         if target.exists():

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +156,8 @@ class Run:
             progress.advance()
             if progress.is_due(step):
                 self._log(progress, step)
-            number = self.stop.agreed()
             # After the step's records, which a run resumed from here will not write again.
-            progress.pause(lambda step=step, number=number: self._end(step, number))  # type: ignore[misc]
+            progress.pause(partial(self._end, step, self.stop.agreed()))
         progress.close()
         result = self._evaluate(0, final=True)
         if result is None:

@@ -97,7 +97,7 @@ def inject(fault, step):
     if fault == "killed in the step":
         before(*in_step, die, at_step)
     elif fault == "killed in the all-to-all":
-        before(deepspeed.comm, "all_to_all_single", die, lambda *_: engines[0].training and at_step(engines[0]))
+        before(deepspeed.comm, "all_to_all_single", die, lambda *_: engines[0].module.training and at_step(engines[0]))
     elif fault == "killed before the rename":
         before(checkpoint.Checkpoints, "_publish", die, after_step)
     elif fault == "killed between rename and latest":

@@ -232,6 +232,22 @@ def test_a_write_that_fails_on_one_rank_is_told_by_all_and_can_be_tried_again(ca
         assert json.loads((folder / "checkpoints/step_1/manifest.json").read_text())["checkpoint"]["samples"] == 16
 
 
+def _save_apart(config, folder):
+    run = train.Run(config, Path(folder))
+    run.engine.global_steps = 1
+    if dist.get_rank() == 1:
+        run.checkpoints.folder = run.checkpoints.folder.with_name("of_another_machine")
+    return run.checkpoints.save(16, [], False)
+
+
+@pytest.mark.slow
+def test_a_folder_that_the_machines_do_not_share_is_told_at_the_first_checkpoint(cache, tmp_path):
+    first, second = run_ranks(2, _save_apart, tiny_run(cache), str(tmp_path / "run"), folder=tmp_path)
+    assert first == second
+    assert "put --output on a shared file system" in first
+    assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
+
+
 def _agree():
     asked = [0]
     stop = Agreement(lambda: asked[0], timedelta(seconds=60))
@@ -241,5 +257,6 @@ def _agree():
     return before, stop.agreed(), stop.at_once()
 
 
+@pytest.mark.slow
 def test_one_rank_that_is_asked_to_stop_is_heard_by_all_when_they_next_ask(tmp_path):
     assert run_ranks(2, _agree, folder=tmp_path) == [(0, 0, 12)] * 2
