@@ -210,11 +210,13 @@ warn_of_loopback() {
 
 # Run a command in a process group of its own, so that a Ctrl-C reaches it once, by way of the trap. Its exit status.
 run() {
-  local status=0
+  local status=0 watcher
   set -m
   "$@" &
   child=$!
   set +m
+  end_when_ranks_have &
+  watcher=$!
   if [[ -n $stopped ]]; then
     kill -s "$stopped" "$child"
   fi
@@ -223,7 +225,23 @@ run() {
   done
   wait "$child" || status=$?
   child=
+  kill "$watcher" 2>/dev/null || true
   return "$status"
+}
+
+# On a machine that is cut off, torchrun waits for its meeting place as long as TCP does, a quarter of an hour, and
+# hears no signal. Ranks leave their status just before they end; torchrun needs 30 s at most to end those that cannot.
+end_when_ranks_have() {
+  local left=90 ranks
+  while ((left > 0)); do
+    sleep 1 >/dev/null 2>&1
+    kill -0 "$child" 2>/dev/null || return 0
+    [[ ! -s $SSR_EXIT_FILE ]] || left=$((left - 1))
+  done
+  printf 'pretrain.sh: the ranks ended 90 s ago, and torchrun waits for another machine: ending it\n' >&2
+  ranks=$(cat "/proc/$child/task/"*/children 2>/dev/null) || true
+  # shellcheck disable=SC2086  # process ids
+  kill -KILL $ranks "$child" 2>/dev/null || true
 }
 
 # Within five seconds once: Slurm tells every process of a step, and a third one tears torchrun from its ranks.

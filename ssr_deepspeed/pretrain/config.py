@@ -129,11 +129,14 @@ class RunConfig(Section):
     """Newest checkpoints kept."""
     seed: int = 0
     """Seed of the weights and of everything random in training."""
+    ranks: int = 0
+    """Ranks that the run is meant for, an error if others start; 0: any number. A launcher that misses its hostfile
+    would train on one machine without a word."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("eval_every", "eval_sequences", "checkpoint_every"):
+        for name in ("eval_every", "eval_sequences", "checkpoint_every", "ranks"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         if self.checkpoint_every % self.log_every:
             # A record covers the steps since the last one; a resumed run must begin with a new one.

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 IP = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+NETWORK = "10.213.77"
 
 
 def run_ip(*arguments):
@@ -33,12 +34,12 @@ class TwoHosts:
                 self.close()
                 pytest.skip(f"network namespaces are not to be had: {made.stderr.strip()}")
             run_ip("-n", name, "link", "set", "lo", "up")
-        ends = [("link", "add", self.names[0], "netns", self.names[0]), ("type", "veth", "peer", "name")]
-        assert not run_ip(*ends[0], *ends[1], self.names[1], "netns", self.names[1]).returncode
+        ends = [("eth0", "netns", name) for name in self.names]
+        assert not run_ip("link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1]).returncode
         for k, name in enumerate(self.names):
-            run_ip("-n", name, "address", "add", f"10.213.77.{k + 1}/24", "dev", name)
+            run_ip("-n", name, "address", "add", f"{NETWORK}.{k + 1}/24", "dev", "eth0")
             self.table(k).parent.mkdir(parents=True, exist_ok=True)
-            other = f"10.213.77.{2 - k} box{1 - k}"
+            other = f"{NETWORK}.{2 - k} box{1 - k}"
             self.table(k).write_text(f"127.0.0.1 localhost\n127.0.1.1 box{k}\n{other}\n")
         self.connect()
 
@@ -48,17 +49,17 @@ class TwoHosts:
 
     def connect(self):
         for name in self.names:
-            assert not run_ip("-n", name, "link", "set", name, "up").returncode
+            assert not run_ip("-n", name, "link", "set", "eth0", "up").returncode
 
     def cut_off(self, k):
-        assert not run_ip("-n", self.names[k], "link", "set", self.names[k], "down").returncode
+        assert not run_ip("-n", self.names[k], "link", "set", "eth0", "down").returncode
 
     def start(self, k, *command, log, **variables):
         """Start a command on one of the hosts, its output in a file."""
         ours = ("PET_", "SLURM_", "TORCHELASTIC_", "MASTER_", "RDZV_", "HOSTNAME")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
         paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        kept.update(GLOO_SOCKET_IFNAME=self.names[k], PYTHONPATH=paths, **variables)
+        kept.update(GLOO_SOCKET_IFNAME="eth0", PYTHONPATH=paths, **variables)
         named = ["unshare", "--uts", "bash", "-c", 'hostname "$0" && exec "$@"', f"box{k}"]
         with log.open("w") as file:
             words = [IP, "netns", "exec", self.names[k], *named, *map(str, command)]

@@ -6,10 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.launch.hosts import wait_for
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "pretrain.sh"
@@ -235,9 +236,7 @@ def test_a_signal_reaches_torchrun_and_the_script_waits_for_it(number, saves, st
         f"touch {tmp_path}/ready; while :; do sleep 0.05; done"
     )
     process = fake(behaviour, "--no-preflight", "--max-restarts", "3")
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for((tmp_path / "ready").exists, 30, process.poll)
     process.send_signal(number)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
@@ -246,6 +245,18 @@ def test_a_signal_reaches_torchrun_and_the_script_waits_for_it(number, saves, st
     assert (tmp_path / "saved").exists()
     assert calls(tmp_path) == [RAN]
     assert ("before there was anything to save" in errors) == (not saves)
+
+
+@pytest.mark.slow
+def test_a_torchrun_that_outlives_its_ranks_and_hears_nothing_is_ended(fake, tmp_path):
+    behaviour = f"trap '' TERM; sleep 600 & echo $! >{tmp_path}/rank\n"
+    behaviour += 'echo 69 >"$SSR_EXIT_FILE"; while :; do sleep 0.2; done'
+    process = fake(behaviour, "--no-preflight")
+    _, errors = process.communicate(timeout=150)
+    assert process.returncode == 69
+    assert "the ranks ended 90 s ago" in errors
+    rank = int((tmp_path / "rank").read_text())
+    wait_for(lambda: not Path(f"/proc/{rank}").exists(), 10, lambda: "its rank is alive")
 
 
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.s*")), ROOT / "patches" / "apply.sh", ROOT / ".ci" / "run"]
