@@ -158,6 +158,14 @@ class RunConfig(Section):
                 f'model.auxiliary_loss = {weight}; allowed: {allowed}, for deepspeed.ssr.rule = "{ssr.rule}" {works}'
             )
 
+    def check_ranks(self, started: int) -> None:
+        """Raises: ValueError, where another number of ranks has started than the run is meant for."""
+        if self.ranks not in (0, started):
+            raise ValueError(
+                f"ranks = {self.ranks}, but {started} started: see that every machine is there and the launcher finds "
+                "its hostfile, or set ranks"
+            )
+
 
 def load_run(path: str, overrides: list[str]) -> RunConfig:
     """Read a run file and apply `key.key=value` overrides, whose values are JSON or else strings.

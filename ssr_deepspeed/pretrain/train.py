@@ -24,7 +24,7 @@ from ssr_deepspeed.monitor.records import METRICS, RunLog
 from ssr_deepspeed.monitor.report import write_report
 from ssr_deepspeed.monitor.sinks import JsonLines, read_json_lines
 from ssr_deepspeed.pretrain import checkpoint, data
-from ssr_deepspeed.pretrain.config import RunConfig
+from ssr_deepspeed.pretrain.config import ModelConfig, RunConfig
 from ssr_deepspeed.pretrain.evaluate import evaluate
 from ssr_deepspeed.pretrain.folder import Existing, claim
 from ssr_deepspeed.pretrain.model import MoELanguageModel
@@ -52,7 +52,8 @@ class Run:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.folder, self.compare = folder, compare
         self.config = _with_monitor(config, folder)
-        _check_layout(config, self.ranks)
+        config.check_ranks(self.ranks)
+        _check_layout(config.model, self.ranks)
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         prepared = _together(lambda: data.prepare(config.data), here=local_rank == 0)
         self.corpus = data.open_corpus(prepared[self.rank - local_rank], config.data.sequence_length)
@@ -184,17 +185,11 @@ def _with_monitor(config: RunConfig, folder: Path) -> RunConfig:
     return replace(config, deepspeed={**config.deepspeed, "ssr": block})
 
 
-def _check_layout(config: RunConfig, ranks: int) -> None:
-    if config.ranks not in (0, ranks):
+def _check_layout(model: ModelConfig, ranks: int) -> None:
+    if ranks % model.ep_size:
         raise ValueError(
-            f"ranks = {config.ranks}, but {ranks} started: see that every machine is there and the launcher finds its "
-            "hostfile, or set ranks"
-        )
-    ep_size = config.model.ep_size
-    if ranks % ep_size:
-        raise ValueError(
-            f"model.ep_size = {ep_size} does not divide the {ranks} ranks of this run: "
-            f"launch a multiple of {ep_size} processes or set model.ep_size"
+            f"model.ep_size = {model.ep_size} does not divide the {ranks} ranks of this run: "
+            f"launch a multiple of {model.ep_size} processes or set model.ep_size"
         )
 
 
