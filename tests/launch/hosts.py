@@ -4,14 +4,15 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.launch.runs import ROOT, environment
+
 IP = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 NETWORK = "10.213.77"
+NEEDS_NETWORKS = pytest.mark.skipif(os.geteuid() != 0 or not IP, reason="network namespaces need root and iproute2")
 
 
 def run_ip(*arguments):
@@ -56,14 +57,16 @@ class TwoHosts:
 
     def start(self, k, *command, log, **variables):
         """Start a command on one of the hosts, its output in a file."""
-        ours = ("PET_", "SLURM_", "TORCHELASTIC_", "MASTER_", "RDZV_", "HOSTNAME")
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
-        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        kept.update(GLOO_SOCKET_IFNAME="eth0", PYTHONPATH=paths, **variables)
         named = ["unshare", "--uts", "bash", "-c", 'hostname "$0" && exec "$@"', f"box{k}"]
         with log.open("w") as file:
             words = [IP, "netns", "exec", self.names[k], *named, *map(str, command)]
-            process = subprocess.Popen(words, cwd=ROOT, env=kept, stdout=file, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                words,
+                cwd=ROOT,
+                env=environment(GLOO_SOCKET_IFNAME="eth0", **variables),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
         self.started.append(process)
         return process
 
@@ -78,12 +81,3 @@ class TwoHosts:
             shutil.rmtree(self.table(k).parent, ignore_errors=True)
         for process in self.started:
             process.wait(timeout=30)
-
-
-def wait_for(condition, seconds, what):
-    """Poll until a condition holds; what it returned."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what()}"
-        time.sleep(0.1)
-    return found

@@ -3,13 +3,10 @@
 import re
 import shlex
 import subprocess
-from pathlib import Path
 
 import yaml
 
-from tests.launch.test_pretrain_script import environment
-
-ROOT = Path(__file__).parents[2]
+from tests.launch.runs import ROOT, environment
 
 
 def documents(name):

@@ -1,25 +1,17 @@
 """launch/pretrain.sh on two machines: two network namespaces, one rank each, real TCP between them."""
 
 import dataclasses
-import json
 import os
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 from ssr_deepspeed.pretrain.config import RunConfig
-from tests.launch.hosts import IP, TwoHosts, wait_for
+from tests.launch.hosts import NEEDS_NETWORKS, TwoHosts
+from tests.launch.runs import SCRIPT, alone, arguments, finish, latest, losses, wait_for
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "launch" / "pretrain.sh"
-SIZES = ["width=32", "heads=2", "experts=4", "expert_width=32"]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(os.geteuid() != 0 or not IP, reason="network namespaces need root and iproute2"),
-]
+pytestmark = [pytest.mark.slow, NEEDS_NETWORKS]
 
 
 @pytest.fixture
@@ -27,15 +19,6 @@ def hosts():
     two = TwoHosts(f"ssr{os.getpid() % 10000}_")
     yield two
     two.close()
-
-
-def arguments(cache, output, steps, *settings):
-    """A small run with every step's loss recorded and a checkpoint every 20."""
-    pairs = [f"model.{size}" for size in SIZES]
-    pairs += [f"data.source={cache}/speeches", f"data.cache={cache}", "data.heldout=0.1", "data.sequence_length=64"]
-    pairs += ["deepspeed.train_micro_batch_size_per_gpu=4", "log_every=1", "eval_every=0", "checkpoint_every=20"]
-    pairs += [f"steps={steps}", *settings]
-    return ["--config", "tiny_cpu", "--output", output, *(word for pair in pairs for word in ("--set", pair))]
 
 
 def start(hosts, folder, *words, meet="first", join=60, only=(0, 1)):
@@ -47,29 +30,6 @@ def start(hosts, folder, *words, meet="first", join=60, only=(0, 1)):
         command = [SCRIPT, *options, "--join-timeout", str(join), "--node-rank", str(k), *words]
         processes.append(hosts.start(k, *command, log=logs[k], DEEPSPEED_TIMEOUT="1"))
     return processes, logs
-
-
-def alone(*words):
-    command = [SCRIPT, "--ranks-per-node", "2", "--no-preflight", *words]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
-    assert result.returncode == 0, result.stderr[-3000:]
-
-
-def finish(processes, logs, seconds=600):
-    for process in processes:
-        process.wait(timeout=seconds)
-    said = "\n".join(log.read_text()[-3000:] for log in logs if log.exists())
-    assert [process.returncode for process in processes] == [0] * len(processes), said
-
-
-def losses(run):
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
-
-
-def latest(run):
-    file = run / "checkpoints" / "latest"
-    return int(file.read_text().removeprefix("step_")) if file.exists() else 0
 
 
 def same_weights(run, other, step):

@@ -10,21 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.hosts import wait_for
+from tests.launch.runs import ROOT, SCRIPT, environment, wait_for
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "launch" / "pretrain.sh"
 RUN = ["--config", "tiny_cpu", "--output", "runs/a b", "--set", "steps=4"]
 TWO = ["--nodes", "2", "--rendezvous", "box0:29400", "--id", "first"]
 SIGNALS = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout", "600"]
-
-
-def environment(**variables):
-    """This one without what a scheduler, a launcher or the user sets."""
-    ours = ("PET_", "SLURM_", "TORCHELASTIC_", "MASTER_", "RDZV_", "GLOO_", "SSR_")
-    names = ("NNODES", "NODE_RANK", "RANKS", "RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(ours) and key not in names}
-    return {**kept, **variables}
 
 
 def script(*arguments, **variables):
