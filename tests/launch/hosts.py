@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -23,10 +22,12 @@ class TwoHosts:
     """`box0` and `box1`. As on a fresh Debian, each is 127.0.1.1 to itself, and the other's name is its address.
 
     Args:
-        tag: a word of at most 8 letters, for what the kernel names.
+        tag: a word for what the kernel names.
+        folder: for their host tables.
     """
 
-    def __init__(self, tag):
+    def __init__(self, tag, folder):
+        self.tables = [folder / f"hosts_{k}" for k in (0, 1)]
         self.names = [f"{tag}{k}" for k in (0, 1)]
         self.started = []
         for name in self.names:
@@ -41,14 +42,9 @@ class TwoHosts:
         assert not run_ip("link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1]).returncode
         for k, name in enumerate(self.names):
             run_ip("-n", name, "address", "add", f"{NETWORK}.{k + 1}/24", "dev", "eth0")
-            self.table(k).parent.mkdir(parents=True, exist_ok=True)
             other = f"{NETWORK}.{2 - k} box{1 - k}"
-            self.table(k).write_text(f"127.0.0.1 localhost\n127.0.1.1 box{k}\n{other}\n")
+            self.tables[k].write_text(f"127.0.0.1 localhost\n127.0.1.1 box{k}\n{other}\n")
         self.connect()
-
-    def table(self, k):
-        """What `ip netns exec` puts in the place of /etc/hosts."""
-        return Path("/etc/netns") / self.names[k] / "hosts"
 
     def connect(self):
         for name in self.names:
@@ -59,9 +55,10 @@ class TwoHosts:
 
     def start(self, k, *command, log, **variables):
         """Start a command on one of the hosts, its output in a file."""
-        named = ["unshare", "--uts", "bash", "-c", 'hostname "$0" && exec "$@"', f"box{k}"]
+        enter = ["nsenter", f"--net=/run/netns/{self.names[k]}", "unshare", "--uts", "--mount", "bash", "-c"]
+        become = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
+        words = [*enter, become, f"box{k}", str(self.tables[k]), *map(str, command)]
         with log.open("w") as file:
-            words = [IP, "netns", "exec", self.names[k], *named, *map(str, command)]
             process = subprocess.Popen(
                 words,
                 cwd=ROOT,
@@ -80,6 +77,5 @@ class TwoHosts:
             for process in self.processes(k):
                 os.kill(process, signal.SIGKILL)
             run_ip("netns", "delete", name)
-            shutil.rmtree(self.table(k).parent, ignore_errors=True)
         for process in self.started:
             process.wait(timeout=30)

@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.slow, NEEDS_NETWORKS]
 
 
 @pytest.fixture
-def hosts():
-    two = TwoHosts(f"ssr{os.getpid() % 10000}_")
+def hosts(tmp_path):
+    two = TwoHosts(f"ssr{os.getpid()}_", tmp_path)
     yield two
     two.close()
 

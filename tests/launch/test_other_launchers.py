@@ -42,7 +42,7 @@ def test_two_machines_train_under_either_launcher_as_under_the_script(cache, tmp
     for launcher in ("deepspeed", "accelerate"):
         run = tmp_path / launcher
         words = ["ssr_deepspeed.pretrain", *arguments(cache, run, 6, "ranks=2")]
-        hosts = TwoHosts(f"oth{os.getpid() % 10000}_")
+        hosts = TwoHosts(f"oth{os.getpid()}_", tmp_path)
         try:
             logs = [tmp_path / f"{launcher}_{k}.log" for k in (0, 1)]
             both = zip(commands(launcher, tmp_path), logs, strict=True)

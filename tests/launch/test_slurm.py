@@ -164,8 +164,8 @@ DAEMONS = {
 class Cluster:
     """A Slurm of two nodes, each in a network namespace, with GPUs that are empty files."""
 
-    def __init__(self, folder):
-        self.folder, self.hosts = folder, TwoHosts(f"slm{os.getpid() % 10000}_")
+    def __init__(self, folder, hosts):
+        self.folder, self.hosts = folder, hosts
         for name in ("state", "box0", "box1"):
             (folder / name).mkdir()
         for number in range(8):
@@ -182,7 +182,7 @@ class Cluster:
         self.start(0, DAEMONS["slurmctld"], "-D", log="slurmctld")
         for k in (0, 1):
             self.start(k, DAEMONS["slurmd"], "-D", "-N", f"box{k}", log=f"slurmd{k}")
-        wait_for(lambda: "idle " in self.ask("sinfo"), 60, lambda: self.ask("sinfo") + self.said("slurmctld"))
+        wait_for(lambda: "idle " in self.ask("sinfo"), 60, lambda: self.ask("sinfo") + self.said("slurmd0"))
 
     def start(self, k, *command, log):
         variables = {"SLURM_CONF": str(self.folder / "slurm.conf"), "RANKS": "1", "SSR_LOGS": str(self.folder / "logs")}
@@ -205,9 +205,11 @@ def cluster(tmp_path):
         pytest.skip(f"a Slurm of two nodes needs {', '.join(missing)}")
     folder = tmp_path / "slurm"
     folder.mkdir()
-    two = Cluster(folder)
-    yield two
-    two.hosts.close()
+    hosts = TwoHosts(f"slm{os.getpid()}_", folder)
+    try:
+        yield Cluster(folder, hosts)
+    finally:
+        hosts.close()
 
 
 @pytest.mark.slow
@@ -216,7 +218,7 @@ def test_a_real_slurm_trains_on_two_nodes_and_goes_on_after_a_requeue(cluster, c
     """The signal is the one that Slurm sends before the time limit; no step is missing or recorded twice."""
     run, log = tmp_path / "run", tmp_path / "job.log"
     options = ["--cpus-per-task=1", "--time=10", f"--output={log}"]
-    answer = cluster.ask("sbatch", *options, SCRIPT, "--no-preflight", *arguments(cache, run, 600))
+    answer = cluster.ask("sbatch", *options, SCRIPT, "--no-preflight", *arguments(cache, run, 200))
     job = re.search(r"Submitted batch job (\d+)", answer)[1]
 
     def said():
@@ -227,10 +229,10 @@ def test_a_real_slurm_trains_on_two_nodes_and_goes_on_after_a_requeue(cluster, c
     wait_for(lambda: "queueing job" in log.read_text(), 120, said)
     # Slurm begins a job again two minutes after it was queued again, unless told otherwise.
     deadline = time.monotonic() + 240
-    while "resuming" not in log.read_text():
+    while not re.search(r"resuming .* after step [1-9]", log.read_text()):
         assert time.monotonic() < deadline, said()
         cluster.ask("scontrol", "update", f"jobid={job}", "StartTime=now")
         time.sleep(2)
     wait_for(lambda: "JobState=COMPLETED" in cluster.ask("scontrol", "show", "job", job), 200, said)
-    assert list(losses(run)) == list(range(1, 601))
+    assert list(losses(run)) == list(range(1, 201))
     assert {path.name for path in (tmp_path / "slurm" / "logs" / job).iterdir()} == {"node_0", "node_1"}
