@@ -24,11 +24,12 @@ from ssr_deepspeed.monitor.records import METRICS, RunLog
 from ssr_deepspeed.monitor.report import write_report
 from ssr_deepspeed.monitor.sinks import JsonLines, read_json_lines
 from ssr_deepspeed.pretrain import checkpoint, data
-from ssr_deepspeed.pretrain.config import ModelConfig, RunConfig
+from ssr_deepspeed.pretrain.config import RunConfig
 from ssr_deepspeed.pretrain.evaluate import evaluate
 from ssr_deepspeed.pretrain.folder import Existing, claim
 from ssr_deepspeed.pretrain.model import MoELanguageModel
 from ssr_deepspeed.pretrain.progress import Progress
+from ssr_deepspeed.pretrain.ranks import check_layout
 
 
 class Run:
@@ -52,7 +53,7 @@ class Run:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.folder, self.compare = folder, compare
         self.config = _with_monitor(config, folder)
-        _check_layout(config.model, self.ranks)
+        check_layout(config.model, self.ranks)
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         prepared = _together(lambda: data.prepare(config.data), here=local_rank == 0)
         self.corpus = data.open_corpus(prepared[self.rank - local_rank], config.data.sequence_length)
@@ -182,14 +183,6 @@ def _with_monitor(config: RunConfig, folder: Path) -> RunConfig:
     block = dict(config.deepspeed["ssr"])
     block["monitor"] = {"interval": config.log_every, "path": str(folder / METRICS), **block.get("monitor", {})}
     return replace(config, deepspeed={**config.deepspeed, "ssr": block})
-
-
-def _check_layout(model: ModelConfig, ranks: int) -> None:
-    if ranks % model.ep_size:
-        raise ValueError(
-            f"model.ep_size = {model.ep_size} does not divide the {ranks} ranks of this run: "
-            f"launch a multiple of {model.ep_size} processes or set model.ep_size"
-        )
 
 
 def _together(work: Callable[[], Any], here: bool) -> list[Any]:
