@@ -126,6 +126,8 @@ class MoELanguageModel(nn.Module):
     @torch.no_grad()
     def _initialise(self, seed: int, ep_rank: int) -> None:
         """Normal weights of standard deviation 0.02; those that write to the residual stream smaller with depth."""
+        if self.embedding.weight.is_meta:
+            return  # built to be counted
         local_experts = self.config.experts // self.config.ep_size
         for name, weight in sorted(self.named_parameters()):
             if weight.dim() < 2:
