@@ -24,7 +24,8 @@ import torch
 
 from benchmarks.study.fetch import PIP, Package, cache_folder, fetch
 from ssr_deepspeed.pretrain.config import DataConfig
-from ssr_deepspeed.pretrain.data import Corpus, read_documents
+from ssr_deepspeed.pretrain.data import Corpus
+from ssr_deepspeed.pretrain.text import read_documents
 
 END = 256
 """The token after each document."""

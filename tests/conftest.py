@@ -24,7 +24,7 @@ def fixed_seed():
 def cache(tmp_path_factory):
     """A folder for tokenised text, shared by the session, with the ten shortest speeches in `speeches/`."""
     from ssr_deepspeed.pretrain.config import DataConfig
-    from ssr_deepspeed.pretrain.data import read_documents
+    from ssr_deepspeed.pretrain.text import read_documents
 
     folder = tmp_path_factory.mktemp("cache")
     (folder / "speeches").mkdir()

@@ -95,9 +95,8 @@ class StudyRun:
         self._batches = training_batches(
             texts.corpus,
             DataConfig(sequence_length=self.length, seed=job["seed"]),
-            first_step=0,
+            first_sample=0,
             micro_batch=self.batch,
-            accumulation=self.micro_batches,
             rank=0,
             ranks=1,
         )

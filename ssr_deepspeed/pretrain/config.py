@@ -89,6 +89,8 @@ class DataConfig(Section):
     """Bytes, or a byte-level BPE trained on the training documents."""
     vocabulary: int = 4096
     """Tokens of the trained BPE; at least 257."""
+    tokenizer_sample: int = 100_000_000
+    """Bytes of training documents, drawn at random, that the BPE is trained on; all where the source has fewer."""
     sequence_length: int = 256
     """Tokens a sequence."""
     heldout: float = 0.05
@@ -96,7 +98,12 @@ class DataConfig(Section):
     seed: int = 0
     """Seed of the held-out split and of the order of sequences."""
     cache: str | None = None
-    """Folder of the tokenised text; by default `ssr_deepspeed` in the user's cache folder."""
+    """Folder of the tokenised texts; by default `ssr_deepspeed` in the user's cache folder. A text that is not
+    there is prepared when a run starts."""
+    prepared: str | None = None
+    """One folder that `ssr-prepare --output` made; the source is then not needed, and nothing is prepared."""
+    fingerprint: str | None = None
+    """Fingerprint that the prepared text must have; a run's `config.json` gets that of its text."""
     workers: int = 0
     """Loader processes of each rank."""
 
@@ -104,6 +111,7 @@ class DataConfig(Section):
         require(0 < self.heldout < 1, "heldout", self.heldout, "above 0 and below 1")
         require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "at least 2")
         require(self.vocabulary >= 257, "vocabulary", self.vocabulary, "at least 257: 256 bytes and an end of document")
+        require(self.tokenizer_sample >= 1, "tokenizer_sample", self.tokenizer_sample, "at least 1")
         require(self.workers >= 0, "workers", self.workers, "at least 0")
 
 

@@ -51,7 +51,8 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], file: Path) -> None:
     """A resumed run may be longer and log otherwise, but not be another model on other data."""
     for section in ("model", "data"):
         for key, value in new[section].items():
-            if key not in ("cache", "workers") and old[section].get(key) != value:
+            # Where the text lies may change: its fingerprint tells that it is the same.
+            if key not in ("source", "cache", "prepared", "workers") and old[section].get(key) != value:
                 there = old[section].get(key)
                 raise ValueError(f"cannot resume: {section}.{key} is {there!r} in {file} and {value!r} now")
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):

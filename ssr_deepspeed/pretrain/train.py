@@ -24,10 +24,11 @@ from ssr_deepspeed.monitor.records import METRICS, RunLog
 from ssr_deepspeed.monitor.report import write_report
 from ssr_deepspeed.monitor.sinks import JsonLines, read_json_lines
 from ssr_deepspeed.pretrain import checkpoint, data
-from ssr_deepspeed.pretrain.config import RunConfig
+from ssr_deepspeed.pretrain.config import DataConfig, RunConfig
 from ssr_deepspeed.pretrain.evaluate import evaluate
 from ssr_deepspeed.pretrain.folder import Existing, claim
 from ssr_deepspeed.pretrain.model import MoELanguageModel
+from ssr_deepspeed.pretrain.prepare import prepare
 from ssr_deepspeed.pretrain.progress import Progress
 from ssr_deepspeed.pretrain.ranks import check_layout
 
@@ -52,11 +53,13 @@ class Run:
     ) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.folder, self.compare = folder, compare
-        self.config = _with_monitor(config, folder)
         check_layout(config.model, self.ranks)
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        prepared = _together(lambda: data.prepare(config.data), here=local_rank == 0)
-        self.corpus = data.open_corpus(prepared[self.rank - local_rank], config.data.sequence_length)
+        prepared = _together(lambda: prepare(config.data), here=local_rank == 0)
+        found = _together(lambda: self._open(prepared[self.rank - local_rank], config.data), here=True)
+        _check_fingerprints(found)
+        config = replace(config, data=replace(config.data, fingerprint=self.corpus.fingerprint))
+        self.config = _with_monitor(config, folder)
         _together(lambda: self._claim(existing), here=self.rank == 0)
         torch.manual_seed(config.seed + self.rank)
         self.engine = _build_engine(self.config, self.corpus.vocabulary, self.rank)
@@ -66,6 +69,10 @@ class Run:
             self.sink = JsonLines(folder / METRICS)
             if existing == "resume":
                 print(f"resuming {folder} after step {self.first_step} of {config.steps}", flush=True)
+
+    def _open(self, prepared: Path, config: DataConfig) -> str:
+        self.corpus = data.open_corpus(prepared, config)
+        return self.corpus.fingerprint
 
     def _claim(self, existing: Existing) -> None:
         """Rank 0's part before the engine is built."""
@@ -80,9 +87,8 @@ class Run:
         batches = data.training_batches(
             self.corpus,
             config.data,
-            first_step=self.first_step,
+            first_sample=self.first_step * micro * accumulation * self.ranks,
             micro_batch=micro,
-            accumulation=accumulation,
             rank=self.rank,
             ranks=self.ranks,
         )
@@ -183,6 +189,15 @@ def _with_monitor(config: RunConfig, folder: Path) -> RunConfig:
     block = dict(config.deepspeed["ssr"])
     block["monitor"] = {"interval": config.log_every, "path": str(folder / METRICS), **block.get("monitor", {})}
     return replace(config, deepspeed={**config.deepspeed, "ssr": block})
+
+
+def _check_fingerprints(found: list[str]) -> None:
+    other = [rank for rank, fingerprint in enumerate(found) if fingerprint != found[0]]
+    if other:
+        raise ValueError(
+            f"ranks {other} have other text than rank 0: its fingerprint is {found[other[0]]!r} there and "
+            f"{found[0]!r} here; prepare it once with ssr-prepare and give every machine the same folder"
+        )
 
 
 def _together(work: Callable[[], Any], here: bool) -> list[Any]:
