@@ -77,7 +77,7 @@ def sizes_of(config: RunConfig, vocabulary: int) -> Sizes:
 def memory_of(config: RunConfig, vocabulary: int, ranks: int) -> dict[str, int]:
     """Bytes that one rank needs at the end of a backward pass, by part.
 
-    Weights, gradients and optimizer states are DeepSpeed's to within the padding of partitions; the other parts are
+    Weights, gradients and optimizer states are DeepSpeed's to within the borders of partitions; the other parts are
     estimates of what autograd keeps of a balanced micro-batch. Not counted: offloading, the allocator's
     fragmentation, the kernels' workspaces, and the copies that DeepSpeed makes of one group of gradients in its step,
     when activations and logits are gone.
@@ -120,11 +120,12 @@ def memory_of(config: RunConfig, vocabulary: int, ranks: int) -> dict[str, int]:
 def checkpoint_bytes(config: RunConfig, vocabulary: int) -> int:
     """Bytes on disk of one checkpoint of all ranks together, but for a few kilobytes a file and rank."""
     sizes = sizes_of(config, vocabulary)
-    states = _state_bytes(config.deepspeed)
-    # Without ZeRO each rank of an expert-parallel group writes the states of all weights that it holds.
-    copies = 1 if config.deepspeed.get("zero_optimization", {}).get("stage", 0) else config.model.ep_size
-    duplicates = sizes.dense_parameters * (copies - 1)
-    return sizes.parameters * _bytes_of_a_weight(config.deepspeed) + (sizes.parameters + duplicates) * states
+    updated, files = sizes.parameters, 1
+    if not config.deepspeed.get("zero_optimization", {}).get("stage", 0):
+        # Each rank of an expert-parallel group writes all of its states, and the first of them once more.
+        updated, files = sizes.dense_parameters + sizes.expert_parameters, config.model.ep_size + 1
+    weights = sizes.parameters * _bytes_of_a_weight(config.deepspeed)
+    return weights + files * updated * _state_bytes(config.deepspeed)
 
 
 def micro_batch_of(deepspeed: dict[str, Any], ranks: int) -> int:
@@ -161,22 +162,25 @@ def _state_bytes(deepspeed: dict[str, Any]) -> int:
 
 
 def _activations(model: ModelConfig, tokens: int, width: int) -> tuple[int, int]:
-    """Bytes kept for the backward pass of a micro-batch, less those in the experts' buffers; those in the buffers."""
+    """Bytes kept for the backward pass of a micro-batch: outside the experts' buffers, and in them."""
     with_experts = model.layers // model.moe_every
     capacity = expert_capacity(
         tokens, model.experts, model.top_k, model.capacity_factor if model.drop_tokens else 1.0, model.min_capacity
     )
     slots = model.experts * capacity
-    # Both norms' inputs and outputs, three projections, two of them rotated, the attention's output twice.
-    attention = 11 * tokens * model.width * width
+    # A norm: its input and the normed one in fp32, and its output.
+    norm = tokens * model.width * (2 * _FP32 + width)
+    # Two norms; queries, keys and values, two of them rotated; the attention's output by head and by token.
+    attention = 2 * norm + 7 * tokens * model.width * width
     dense = 4 * tokens * model.expert_width * width
-    # The router works in fp32: its input, and logits, probabilities and their like.
-    router = tokens * (model.width + 4 * model.experts) * _FP32
+    # The router works in fp32: its input, unless that is the norm's output; logits, probabilities and their like.
+    router = tokens * ((model.width if width < _FP32 else 0) + 4 * model.experts) * _FP32
     experts = 4 * slots * model.expert_width * width + router + (dense if model.residual else 0)
-    # Sent and received on the way to the experts and back: two of these are kept for the backward pass.
-    buffer = slots * model.width * width
+    # What the experts got, and what each token got back; while they work, also what was sent both ways.
+    kept = (slots + model.top_k * tokens) * model.width * width
+    passing = 2 * slots * model.width * width
     blocks = [attention + experts] * with_experts + [attention + dense] * (model.layers - with_experts)
     if model.activation_checkpointing == "none":
-        return sum(blocks), (2 * with_experts + 2) * buffer
+        return norm + sum(blocks), with_experts * kept + passing
     # Each block's input, and one whole block while it is recomputed.
-    return model.layers * tokens * model.width * width + max(blocks), 4 * buffer
+    return norm + model.layers * tokens * model.width * width + max(blocks), kept + passing
