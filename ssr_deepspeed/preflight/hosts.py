@@ -40,7 +40,9 @@ def check_clocks(job: Job) -> Finding:
         for rank, offset in offsets.items()
         if abs(offset) > SKEW
     ]
-    return judged("clocks", f"within {max(map(abs, offsets.values())):.2g} s on {len(leaders) + 1} hosts", warnings=warnings)
+    return judged(
+        "clocks", f"within {max(map(abs, offsets.values())):.2g} s on {len(leaders) + 1} hosts", warnings=warnings
+    )
 
 
 def check_memory(job: Job, config: RunConfig, vocabulary: int) -> Finding:
@@ -52,7 +54,8 @@ def check_memory(job: Job, config: RunConfig, vocabulary: int) -> Finding:
     parts, free = estimates[0].result, [outcome.result for outcome in outcomes]
     needed = sum(parts.values())
     largest = sorted(parts, key=lambda part: -parts[part])[:3]
-    what = f"about {_gib(needed)} a rank ({', '.join(f'{part} {_gib(parts[part])}'.replace('_', ' ') for part in largest)})"
+    told = ", ".join(f"{part.replace('_', ' ')} {_gib(parts[part])}" for part in largest)
+    what = f"about {_gib(needed)} a rank ({told})"
 
     def over(least: float, most: float) -> list[str]:
         ranks = [rank for rank, there in enumerate(free) if least * there < needed <= most * there]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,7 +38,9 @@ def check_links(job: Job) -> Finding:
             pair = min(rank, partner), max(rank, partner)
             pairs[pair] = max(pairs.get(pair, 0.0), seconds)
     usual = sorted(pairs.values())[(len(pairs) - 1) // 2]
-    fine = f"{len(pairs)} pairs exchange {_size() // _MIB} MiB in {usual * 1e3:.3g} ms, none much slower than the others"
+    fine = (
+        f"{len(pairs)} pairs exchange {_size() // _MIB} MiB in {usual * 1e3:.3g} ms, none much slower than the others"
+    )
     noise = _NOISE.get(get_accelerator().device_name(), _DEVICE_NOISE)
     return judged("links", fine, warnings=slow_links(job, pairs, noise))
 

@@ -66,13 +66,13 @@ def check_all_to_all(job: Job, layout: Layout, elements: int, dtype: torch.dtype
     size = _block(job, elements, dtype, timed, layout.ep_size)
     outcomes = job.attempt(lambda: _misplaced(job, group, size, dtype))
     failures = job.broken(outcomes) or [
-        f"rank {rank} ({job.hosts[rank]}) received {sum(wrong.values())} wrong elements of {size * len(layout.ep_groups[0])} "
+        f"rank {rank} ({job.hosts[rank]}) received {sum(wrong.values())} wrong elements "
         f"from {job.name(wrong)}: a faulty link, device or library there; leave that host out"
         for rank, (wrong, _) in enumerate(outcomes)
         if wrong
     ]
     moved = size * dtype.itemsize * layout.ep_size
-    fine = f"exact in {len(layout.ep_groups)} groups of {layout.ep_size} ranks with {moved / _MIB:.3g} MiB a rank"
+    fine = f"exact among each {layout.ep_size} ranks with {moved / _MIB:.3g} MiB a rank"
     if not timed or failures:
         return judged("all-to-all", fine, failures=failures)
     sent = torch.zeros(size * layout.ep_size, dtype=dtype, device=job.device)

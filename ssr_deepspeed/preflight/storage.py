@@ -54,8 +54,8 @@ def check_disk(job: Job, folder: Path, config: RunConfig, vocabulary: int) -> Fi
     if short:
         there = min(free[rank] for rank in short)
         failures.append(
-            f"{job.name(short)}: {there / _GB:.3g} GB are free or hold checkpoints at {folder}, {what} take {needed / _GB:.3g} GB: "
-            "make room, choose another --output or lower keep_checkpoints"
+            f"{job.name(short)}: {there / _GB:.3g} GB are free or hold checkpoints at {folder}, "
+            f"{what} take {needed / _GB:.3g} GB: make room, choose another --output or lower keep_checkpoints"
         )
     return judged("disk", f"{min(free) / _GB:.3g} GB free, {what} take {needed / _GB:.3g} GB", failures=failures)
 

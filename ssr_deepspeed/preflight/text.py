@@ -2,50 +2,70 @@
 
 from __future__ import annotations
 
-import json
-from typing import NamedTuple
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from ssr_deepspeed.preflight.equality import differences
 from ssr_deepspeed.preflight.findings import Finding, judged
 from ssr_deepspeed.preflight.job import Job
-from ssr_deepspeed.pretrain import data
 from ssr_deepspeed.pretrain.config import DataConfig
+from ssr_deepspeed.pretrain.prepare import cached_folder, check_source
+from ssr_deepspeed.pretrain.shards import INDEX, check
+from ssr_deepspeed.pretrain.text import describe, text_files
 
 
 class Text(NamedTuple):
     """What a rank sees of the run's text."""
 
-    fingerprint: str
-    """Changes with the text, and with how it is made into tokens."""
-    prepared: bool
-    """It is tokenised already."""
+    tokens: str | None
+    """Fingerprint of the prepared text; None where none is prepared yet."""
+    source: dict[str, Any] | None
+    """Number, sizes and names of the source's files; None where only the prepared text is needed."""
     vocabulary: int
     """Tokens of its tokenizer; of one that is not trained yet, as many as are asked for."""
 
 
 def check_text(job: Job, config: DataConfig) -> tuple[Finding, int]:
-    """Every rank reads the source and finds the same; the vocabulary, to count the model with."""
-    outcomes = job.attempt(lambda: _data_fingerprint(config))
-    failures = [f"{problem}: make it visible on every host" for problem in job.problems(outcomes)]
-    seen = [outcome.result for outcome in outcomes]
-    if not failures:
-        failures = [
-            f"{sentence}: copy it once and completely to every host, or put it on a shared file system"
-            for sentence in differences(job, [{"the fingerprint of the text": text.fingerprint} for text in seen])
+    """Every rank sees the same text, prepared or not; the vocabulary, to count the model with."""
+    outcomes = job.attempt(lambda: _look(config))
+    if problems := job.problems(outcomes):
+        remedy = "give every host the same text, or put it on a shared file system"
+        return judged("text", "", failures=[f"{problem}: {remedy}" for problem in problems]), config.vocabulary
+    seen: list[Text] = [outcome.result for outcome in outcomes]
+    wanting = [rank for rank, text in enumerate(seen) if text.tokens is None]
+    if wanting:
+        compared = [
+            {f"data.source, its {name},": value for name, value in (text.source or {}).items()} for text in seen
         ]
-    wanting = [rank for rank, text in enumerate(seen) if text and not text.prepared]
+        fine = "the same files everywhere, to be tokenised at the start"
+    else:
+        compared = [{"the fingerprint of the tokens": text.tokens} for text in seen]
+        fine = f"the same tokens everywhere, with fingerprint {seen[0].tokens}"
+    failures = [
+        f"{sentence}: copy it once and completely to every host, or put it on a shared file system"
+        for sentence in differences(job, compared)
+    ]
     warnings = []
-    if wanting and len(set(job.hosts)) > 1 and not failures:
-        warnings.append(f"{job.name(wanting)}: will tokenise the text at the start; do it once before, with ssr-prepare")
-    fine = f"equal fingerprints, {seen[0].fingerprint if seen[0] else ''}"
-    fine += "; will be tokenised at the start" if wanting else "; tokenised already"
-    vocabulary = next((text.vocabulary for text in seen if text), config.vocabulary)
-    return judged("text", fine, failures=failures, warnings=warnings), vocabulary
+    if wanting and len(set(job.hosts)) > 1:
+        warnings.append(
+            f"{job.name(wanting)}: will tokenise the text at the start; do it once before, with ssr-prepare"
+        )
+    return judged("text", fine, failures=failures, warnings=warnings), seen[0].vocabulary
 
 
-def _data_fingerprint(config: DataConfig) -> Text:
-    fingerprint = data._fingerprint(config, data.read_documents(config))
-    facts = data._cache_folder(config) / fingerprint / "corpus.json"
-    if facts.is_file():
-        return Text(fingerprint, True, json.loads(facts.read_text(encoding="utf-8"))["vocabulary"])
-    return Text(fingerprint, False, 257 if config.tokenizer == "bytes" else config.vocabulary)
+def _look(config: DataConfig) -> Text:
+    """This rank's sight of the text, of which nothing is tokenised for it.
+
+    Raises:
+        ValueError: the prepared text is not what the configuration asks for, or there is neither it nor a source.
+    """
+    folder = Path(config.prepared) if config.prepared else cached_folder(config, workers=1)
+    if config.prepared or (folder / INDEX).exists():
+        index = check(folder, config)
+        check_source(index, folder, config)
+        return Text(index.fingerprint, index.source, len(index.bytes_per_token))
+    unreadable = [file for file in text_files(config.source) if not os.access(file, os.R_OK)]
+    if unreadable:
+        raise ValueError(f"data.source = {config.source!r}: no right to read {unreadable[0]}")
+    return Text(None, describe(config), 257 if config.tokenizer == "bytes" else config.vocabulary)

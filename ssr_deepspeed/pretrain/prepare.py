@@ -69,9 +69,9 @@ def prepare(
     if output is None and config.prepared is not None:
         output = Path(config.prepared)
         read_index(output)
-    folder = output or _cached(config, workers)
+    folder = output or cached_folder(config, workers)
     if (folder / INDEX).exists():
-        _check_source(check(folder, config), folder, config)
+        check_source(check(folder, config), folder, config)
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there and holds no prepared text: remove it or name another folder")
@@ -83,7 +83,7 @@ def prepare(
     return folder
 
 
-def _cached(config: DataConfig, workers: int) -> Path:
+def cached_folder(config: DataConfig, workers: int) -> Path:
     """Where in the cache the text is looked for: named by settings, and the source's names, sizes and times."""
     home = Path(config.cache) if config.cache else None
     home = home or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssr_deepspeed"
@@ -91,7 +91,7 @@ def _cached(config: DataConfig, workers: int) -> Path:
     return home / hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
-def _check_source(index: Index, folder: Path, config: DataConfig) -> None:
+def check_source(index: Index, folder: Path, config: DataConfig) -> None:
     """A source that is in sight must be the one that was prepared; it may be out of sight."""
     try:
         there = describe(config)
@@ -323,7 +323,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = load_run(options.config, options.set).data
         output = options.output or (Path(config.prepared) if config.prepared else None)
         if options.verify:
-            folder = output or _cached(config, options.workers)
+            folder = output or cached_folder(config, options.workers)
             index = verify(folder)
             check(folder, config)
         else:
