@@ -58,7 +58,7 @@ def check_configuration(job: Job, load: Callable[[], RunConfig]) -> tuple[Findin
         told = differences(job, [_flat(outcome.result.to_dict()) for outcome in outcomes])
         failures = [f"{sentence}: give the same file and flags to every host" for sentence in told]
     config = None if failures else outcomes[job.rank].result
-    return judged("configuration", f"equal, with fingerprint {hashes[:1]}", failures=failures), config
+    return judged("configuration", f"equal, with fingerprint {''.join(hashes[:1])}", failures=failures), config
 
 
 def differences(job: Job, settings: list[dict[str, Any]]) -> list[str]:

@@ -42,7 +42,7 @@ def check_ranks(job: Job, expected: int | None, hostfile: Path | None) -> Findin
     if len(set(each.values())) > 1:
         counts = ", ".join(f"{host} {count}" for host, count in each.most_common())
         warnings.append(f"the hosts run unequal numbers of ranks ({counts}): give each as many")
-    said = f", as {' and '.join(promised)} say" if promised else ""
+    said = f", as expected by {' and '.join(promised)}" if promised else ""
     fine = f"{job.ranks} joined on {hosts} host{'s' if hosts > 1 else ''}{said}"
     return judged("ranks", fine, failures=failures, warnings=warnings)
 

@@ -51,7 +51,7 @@ def check_experts(job: Job, model: ModelConfig) -> tuple[Finding, Layout | None]
     layout = Layout(tuple(ep_groups), tuple(replicas), model.experts // model.ep_size)
     spread = sum(len({job.hosts[rank] for rank in ranks}) > 1 for ranks in ep_groups)
     fine = (
-        f"{layout.local_experts} of {model.experts} a rank and layer, {len(replicas[0])} replicas, "
+        f"{layout.local_experts} of {model.experts} a rank and layer, each {len(replicas[0])} times, "
         f"groups of {model.ep_size} ranks"
     )
     if spread:
