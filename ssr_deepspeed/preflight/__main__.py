@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from ssr_deepspeed.pretrain.__main__ import add_arguments
+from ssr_deepspeed.pretrain.ranks import be_alone
 
 _COMMAND = "ssr-preflight"
 _JOIN = timedelta(minutes=5)
@@ -29,6 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command `ssr-preflight`."""
     begun = time.monotonic()
     options = _parser().parse_args(arguments)
+    if "RANK" not in os.environ:
+        be_alone(_COMMAND)
     # torch and DeepSpeed take seconds to import; --help and a misspelt flag should not.
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -36,11 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
     from ssr_deepspeed.preflight.checks import Request, run_checks
     from ssr_deepspeed.preflight.findings import summary, table
     from ssr_deepspeed.preflight.job import join, local_rank
-    from ssr_deepspeed.pretrain.ranks import be_alone
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if "RANK" not in os.environ:
-        be_alone(_COMMAND)
     request = Request(
         config=options.config,
         overrides=options.set,

@@ -62,10 +62,7 @@ def check_experts(job: Job, model: ModelConfig) -> tuple[Finding, Layout | None]
 def layout_table(job: Job, model: ModelConfig, layout: Layout) -> str:
     """Who holds which experts, in at most 21 lines: where there are more slices, neighbours share a line."""
     blocks = [block for block in range(model.layers) if (block + 1) % model.moe_every == 0]
-    every = f" (every {model.moe_every}.)" if model.moe_every > 1 else ""
-    lines = [
-        f"experts of each of the {len(blocks)} MoE layers, blocks {spans(blocks)}{every}, by the ranks that hold them"
-    ]
+    lines = [f"experts of the {len(blocks)} MoE layers (blocks {spans(blocks)}), and the ranks that hold them"]
     step = -(-layout.ep_size // _ROWS)
     for first in range(0, layout.ep_size, step):
         slices = range(first, min(first + step, layout.ep_size))

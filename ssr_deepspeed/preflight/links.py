@@ -73,7 +73,7 @@ def slow_links(job: Job, pairs: dict[tuple[int, int], float], noise: float) -> l
     warnings = [
         f"rank {rank} ({job.hosts[rank]}) takes {times:.1f} times as long as most to exchange a message: look at that "
         "host's network interface and load, or leave it out"
-        for rank, times in slow_ranks.items()
+        for rank, times in sorted(slow_ranks.items(), key=lambda item: -item[1])
     ]
     links = [
         f"rank {a} ({job.hosts[a]}) and rank {b} ({job.hosts[b]}), {times:.1f} times"

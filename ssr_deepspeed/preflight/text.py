@@ -48,9 +48,7 @@ def check_text(job: Job, config: DataConfig) -> tuple[Finding, int]:
     ]
     warnings = []
     if wanting and len(set(job.hosts)) > 1:
-        warnings.append(
-            f"{job.name(wanting)}: will tokenise the text at the start; use ssr-prepare once before"
-        )
+        warnings.append(f"{job.name(wanting)}: will tokenise the text at the start; use ssr-prepare once before")
     return judged("text", fine, failures=failures, warnings=warnings), seen[0].vocabulary
 
 
