@@ -63,6 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{_COMMAND}: {summary(findings)}, in {seconds:.1f} s", flush=True)
         job.gather(None)  # the ranks leave together
     except Exception as error:
+        failed = True
         _say(error)
     sys.stdout.flush()
     sys.stderr.flush()

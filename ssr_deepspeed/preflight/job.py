@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -17,6 +17,8 @@ ADVICE = (
     "see that the hosts reach each other on every port, that GLOO_SOCKET_IFNAME (under NCCL also NCCL_SOCKET_IFNAME) "
     "names the network interface that joins them, and look at what NCCL_DEBUG=INFO prints"
 )
+# Ranks may read large data at unequal speed, and then wait for each other.
+_PATIENCE = timedelta(minutes=10)
 # Names of ranks in one sentence; a job may have thousands.
 _NAMED = 8
 
@@ -53,6 +55,13 @@ class Job:
     @property
     def device(self) -> torch.device:
         return torch.device(get_accelerator().current_device_name())
+
+    def groups(self, *ranks: Sequence[int]) -> Any:
+        """A group under test: this rank's of those that are given by their ranks, or one of all ranks."""
+        # NCCL's watchdog ends the process at the group's timeout; `wait` must have spoken before.
+        timeout = self.limit if dist.get_backend() == "gloo" else _PATIENCE
+        every = ranks or (range(self.ranks),)
+        return dist.new_subgroups_by_enumeration([list(each) for each in every], timeout=timeout)[0]
 
     def gather(self, item: Any) -> list[Any]:
         """`item` of every rank, in rank order, on every rank."""
@@ -109,7 +118,7 @@ def join(limit: timedelta) -> Job:
     Args:
         limit: of one collective under test.
     """
-    control = dist.new_group(backend="gloo", timeout=timedelta(minutes=10))
+    control = dist.new_group(backend="gloo", timeout=_PATIENCE)
     hosts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname(), group=control)
     return Job(dist.get_rank(), tuple(hosts), control, limit)

@@ -56,7 +56,7 @@ def check_devices(job: Job) -> Finding:
         for problem in job.problems(outcomes) + shared_devices(job, outcomes)
     ]
     if get_accelerator().device_name() == "cpu":
-        return judged("devices", f"none: {backend} on the CPU, {torch.get_num_threads()} threads a rank")
+        return judged("devices", f"the CPU, with {backend}")
     return judged("devices", f"one {get_accelerator().device_name()} device a rank, {backend}", failures=failures)
 
 

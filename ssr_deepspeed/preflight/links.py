@@ -28,7 +28,7 @@ def check_links(job: Job) -> Finding:
     """Pairs of ranks exchange messages, all of a round at the same time and each with nobody else."""
     if job.ranks < 3:
         return ok("links", "nothing to compare with fewer than 3 ranks")
-    group = dist.new_group(timeout=job.limit)
+    group = job.groups()
     outcomes = job.attempt(lambda: _times(job, group))
     if failures := job.broken(outcomes):
         return judged("links", "", failures=failures)

@@ -32,7 +32,7 @@ def check_all_reduce(job: Job, timed: bool) -> Finding:
     Args:
         timed: measure the bandwidth too.
     """
-    group = dist.new_group(timeout=job.limit)
+    group = job.groups()
     outcomes = job.attempt(lambda: _wrong_sums(job, group))
     failures = job.broken(outcomes) or [
         f"rank {rank} ({job.hosts[rank]}) got {sum(wrong.values())} wrong sums, of elements that {job.name(wrong)} "
@@ -62,7 +62,7 @@ def check_all_to_all(job: Job, layout: Layout, elements: int, dtype: torch.dtype
     """
     if layout.ep_size == 1:
         return judged("all-to-all", "none: every rank holds all experts (ep_size = 1)")
-    group, _ = dist.new_subgroups_by_enumeration(layout.ep_groups, timeout=job.limit)
+    group = job.groups(*layout.ep_groups)
     size = _block(job, elements, dtype, timed, layout.ep_size)
     outcomes = job.attempt(lambda: _misplaced(job, group, size, dtype))
     failures = job.broken(outcomes) or [

@@ -65,7 +65,7 @@ def test_a_job_without_faults_passes_under_each_launcher(cache, tmp_path):
         ["deepspeed", "--num_gpus", "2", "--module"],
     ):
         command = [os.path.join(bin_folder, launcher[0]), *launcher[1:], "ssr_deepspeed.preflight", *line]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=300)
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("2 joined on 1 host") == 1
         assert "FAILURE" not in result.stdout

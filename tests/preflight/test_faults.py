@@ -18,6 +18,8 @@ from ssr_deepspeed.preflight import links, storage
 from ssr_deepspeed.preflight.checks import Request, run_checks
 from ssr_deepspeed.preflight.findings import Status, table
 from ssr_deepspeed.preflight.job import join
+from ssr_deepspeed.pretrain.config import load_run
+from ssr_deepspeed.pretrain.prepare import prepare
 from tests.gloo import run_ranks
 
 SMALL = [
@@ -26,6 +28,7 @@ SMALL = [
     "model.experts=4",
     "data.sequence_length=64",
     "deepspeed.zero_optimization.reduce_bucket_size=1000",
+    "data.cache=/nowhere",
 ]
 
 
@@ -141,6 +144,25 @@ def _storage_and_clocks(rank, text, folder, small_disk):
         assert "are free for it: lower" in sentence(result, "memory", Status.FAILURE)
 
 
+def _prepared_text(rank, text, folder):
+    """Each rank in a folder of its own, where a document is missing on rank 1 when the text is prepared again."""
+    home = folder / f"text_{rank}"
+    shutil.copytree(text.partition("=")[2], home / "speeches")
+    config = load_run("tiny_cpu", [*SMALL, f"data.source={home}/speeches"]).data
+    prepare(config, output=home / "whole")
+    if rank == 1:
+        (home / "speeches" / "0.txt").unlink()
+    prepare(config, output=home / "other")
+    with faults() as patch:
+        os.chdir(home)
+        hidden = "data.source=./nowhere.txt"
+        result = found(patch, overrides=[hidden, "data.prepared=whole"], quick=True, hosts="ab")
+        assert "the same tokens everywhere" in sentence(result, "text", Status.OK)
+        result = found(patch, overrides=[hidden, "data.prepared=other"], quick=True, hosts="ab")
+        assert "the fingerprint of the tokens is" in sentence(result, "text", Status.FAILURE)
+        assert "on rank 1 (b), and " in sentence(result, "text", Status.FAILURE)
+
+
 def _who_joined(rank, text, folder):
     def told(**request):
         with faults() as patch:
@@ -168,6 +190,7 @@ def _two_ranks(text, folder, small_disk):
     _software_and_settings(rank, text)
     _network(rank, text)
     _storage_and_clocks(rank, text, folder, small_disk)
+    _prepared_text(rank, text, folder)
     _who_joined(rank, text, folder)
 
 
