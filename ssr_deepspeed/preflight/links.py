@@ -19,9 +19,6 @@ _ROUNDS = 15
 _REPEATS = 5
 SLOW = 2.0
 """A rank or link is slow that takes this many times as long as most of its kind."""
-# Differences below these seconds are the scheduler's and the clock's.
-_NOISE = {"cpu": 5e-3}
-_DEVICE_NOISE = 1e-4
 
 
 def check_links(job: Job) -> Finding:
@@ -41,8 +38,12 @@ def check_links(job: Job) -> Finding:
     fine = (
         f"{len(pairs)} pairs exchange {_size() // _MIB} MiB in {usual * 1e3:.3g} ms, none much slower than the others"
     )
-    noise = _NOISE.get(get_accelerator().device_name(), _DEVICE_NOISE)
-    return judged("links", fine, warnings=slow_links(job, pairs, noise))
+    return judged("links", fine, warnings=slow_links(job, pairs, timing_noise()))
+
+
+def timing_noise() -> float:
+    """Differences of times below these seconds are the scheduler's and the clock's."""
+    return 5e-3 if get_accelerator().device_name() == "cpu" else 1e-4
 
 
 def slow_links(job: Job, pairs: dict[tuple[int, int], float], noise: float) -> list[str]:
@@ -110,6 +111,8 @@ def _times(job: Job, group: Any) -> dict[int, float]:
     """Least seconds of an exchange with each of this rank's partners."""
     sent = torch.zeros(_size(), dtype=torch.uint8, device=job.device)
     received, times = torch.empty_like(sent), {}
+    # Where a rank rests, NCCL would wait for it: a group's first operation is everyone's.
+    job.wait(dist.all_reduce(sent[:1], group=group, async_op=True))
     for pairs in tournament(job.ranks, _ROUNDS):
         partner = next((sum(pair) - job.rank for pair in pairs if job.rank in pair), None)
         if partner is None:

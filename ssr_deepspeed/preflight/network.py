@@ -18,12 +18,11 @@ from torch import Tensor
 from ssr_deepspeed.preflight.findings import Finding, judged
 from ssr_deepspeed.preflight.job import Job
 from ssr_deepspeed.preflight.layout import Layout
+from ssr_deepspeed.preflight.links import SLOW, timing_noise
 
 _MIB = 2**20
 # Timed collectives of one kind stop when they have taken this long together.
 _SECONDS = 1.0
-# A group is slow that takes this many times as long as most.
-SLOW = 2.0
 
 
 def check_all_reduce(job: Job, timed: bool) -> Finding:
@@ -85,17 +84,18 @@ def check_all_to_all(job: Job, layout: Layout, elements: int, dtype: torch.dtype
     fine += f"; {_rate(crossing / max(taken))} a rank"
     if size < elements // layout.ep_size:
         fine += f" (the run sends {elements * dtype.itemsize / _MIB:.3g} MiB)"
-    return judged("all-to-all", fine, warnings=slow_groups(job, layout.ep_groups, taken))
+    slow = slow_groups(job, layout.ep_groups, taken, timing_noise())
+    return judged("all-to-all", fine, warnings=[*slow, fine] if slow else [])
 
 
-def slow_groups(job: Job, groups: Sequence[Sequence[int]], seconds: Sequence[float]) -> list[str]:
-    """A sentence for each group whose exchange takes much longer than the others'."""
+def slow_groups(job: Job, groups: Sequence[Sequence[int]], seconds: Sequence[float], noise: float) -> list[str]:
+    """A sentence for each group whose exchange takes much longer than the others', by more seconds than `noise`."""
     usual = sorted(seconds)[(len(seconds) - 1) // 2]
     return [
         f"the expert-parallel group of {job.name(ranks)} takes {taken * 1e3:.3g} ms, {taken / usual:.1f} times as long "
         "as most: look at the links of its hosts"
         for ranks, taken in zip(groups, seconds, strict=True)
-        if taken > SLOW * usual
+        if taken > max(SLOW * usual, usual + noise)
     ]
 
 
