@@ -1,35 +1,44 @@
 """The command as whole processes."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "ssr_deepspeed.preflight", "--config", "tiny_cpu"]
 
 
 def start(ranks, *arguments, environment=None, each=lambda rank: []):
-    """Exit code, standard output and error of each rank, started without a launcher."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = []
-    for rank in range(ranks):
-        told = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
-        processes.append(
-            subprocess.Popen(
-                [*COMMAND, *arguments, *each(rank)],
-                env={**os.environ, **told, "MASTER_ADDR": "127.0.0.1", **(environment or {})},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+    """Standard output, error and exit code of each rank, started by this process in torchrun's place."""
+    # Its port is taken from now on: a free one that is only looked up may be gone when rank 0 comes to it.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    told = {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        **(environment or {}),
+    }
+    processes = [
+        subprocess.Popen(
+            [*COMMAND, *arguments, *each(rank)],
+            env={**os.environ, **told, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-    return [(*process.communicate(timeout=120), process.returncode) for process in processes]
+        for rank in range(ranks)
+    ]
+    try:
+        return [(*process.communicate(timeout=120), process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def test_every_rank_ends_with_the_same_code_and_one_prints_the_table(cache, tmp_path):
