@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssr_deepspeed.preflight.equality import differences
 from ssr_deepspeed.preflight.findings import Finding, judged
 from ssr_deepspeed.preflight.job import Job
 from ssr_deepspeed.pretrain.config import DataConfig
-from ssr_deepspeed.pretrain.prepare import cached_folder, check_source
+from ssr_deepspeed.pretrain.prepare import locate
 from ssr_deepspeed.pretrain.shards import INDEX, check
 from ssr_deepspeed.pretrain.text import describe, text_files
 
@@ -58,10 +57,9 @@ def _look(config: DataConfig) -> Text:
     Raises:
         ValueError: the prepared text is not what the configuration asks for, or there is neither it nor a source.
     """
-    folder = Path(config.prepared) if config.prepared else cached_folder(config, workers=1)
+    folder = locate(config)
     if config.prepared or (folder / INDEX).exists():
         index = check(folder, config)
-        check_source(index, folder, config)
         return Text(index.fingerprint, index.source, len(index.bytes_per_token))
     unreadable = [file for file in text_files(config.source) if not os.access(file, os.R_OK)]
     if unreadable:

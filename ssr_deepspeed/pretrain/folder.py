@@ -49,11 +49,12 @@ def claim(folder: Path, settings: dict[str, Any], existing: Existing) -> TextIO:
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], file: Path) -> None:
     """A resumed run may be longer and log otherwise, but not be another model on other data."""
+    # Where the text lies may change: its fingerprint tells that it is the same.
+    free = ("source", "cache", "prepared", "workers")
     for section in ("model", "data"):
         for key, value in new[section].items():
-            # Where the text lies may change: its fingerprint tells that it is the same.
-            if key not in ("source", "cache", "prepared", "workers") and old[section].get(key) != value:
-                there = old[section].get(key)
+            there = old[section].get(key)
+            if key not in free and there not in (None, value):  # None: a version that did not know the key
                 raise ValueError(f"cannot resume: {section}.{key} is {there!r} in {file} and {value!r} now")
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         there, now = old["deepspeed"].get(key), new["deepspeed"].get(key)

@@ -15,6 +15,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -49,6 +50,8 @@ from ssr_deepspeed.pretrain.tokenizer import Encoder, byte_encoder, tokenizer_ha
 
 _BATCH = 2**20
 """Bytes of text that a process tokenises at a time. A BPE's encodings take a hundred times that."""
+_STOPPED = -1
+"""In place of the bytes done: the pool's processes end at their next batch."""
 
 
 def prepare(
@@ -64,34 +67,39 @@ def prepare(
         shard_tokens: most tokens of a shard.
 
     Raises:
-        ValueError: the source cannot be used, or the folder holds something else.
+        ValueError: the source cannot be used, the folder holds something else, or it cannot be written.
     """
+    folder = output or locate(config, workers)
     if output is None and config.prepared is not None:
-        output = Path(config.prepared)
-        read_index(output)
-    folder = output or cached_folder(config, workers)
-    if (folder / INDEX).exists():
-        check_source(check(folder, config), folder, config)
-        return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        read_index(folder)  # never made by a run
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / INDEX).exists())):
         raise ValueError(f"{folder} is there and holds no prepared text: remove it or name another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder, wait_for=True):
-        if not (folder / INDEX).exists():  # else the process that had the lock was first
-            _remove_stale(folder)
-            _build(config, folder, workers, shard_tokens)
+    if not (folder / INDEX).exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder, wait_for=True):
+            if not (folder / INDEX).exists():  # else the process that had the lock was first
+                _remove_stale(folder)
+                _build(config, folder, workers, shard_tokens)
+    _check_source(check(folder, config), folder, config)
     return folder
 
 
-def cached_folder(config: DataConfig, workers: int) -> Path:
-    """Where in the cache the text is looked for: named by settings, and the source's names, sizes and times."""
-    home = Path(config.cache) if config.cache else None
-    home = home or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssr_deepspeed"
+def locate(config: DataConfig, workers: int = 1) -> Path:
+    """The folder in which a run looks for its prepared text, whether it is there or not.
+
+    `data.prepared`, or one in the cache, named by the settings and the source's names, sizes and times.
+
+    Raises:
+        ValueError: the source is not there.
+    """
+    if config.prepared is not None:
+        return Path(config.prepared)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssr_deepspeed"
     facts = json.dumps([FORMAT, SHARD_TOKENS, settings_of(config), version(config, workers)])
-    return home / hashlib.sha256(facts.encode()).hexdigest()[:16]
+    return Path(config.cache or cache) / hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
-def check_source(index: Index, folder: Path, config: DataConfig) -> None:
+def _check_source(index: Index, folder: Path, config: DataConfig) -> None:
     """A source that is in sight must be the one that was prepared; it may be out of sight."""
     try:
         there = describe(config)
@@ -110,6 +118,8 @@ def _build(config: DataConfig, folder: Path, workers: int, shard_tokens: int) ->
     try:
         _write(config, building, workers, shard_tokens)
         building.rename(folder)
+    except OSError as error:  # of a full disk first of all; a process of the pool says no more than this
+        raise ValueError(f"the text cannot be prepared in {folder}: {error}") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -222,11 +232,12 @@ def _tokenise(tokeniser: _Tokeniser, jobs: list[_Job], total: int, workers: int)
                 for call in finished:
                     call.result()
             return [call.result() for call in calls]
-        except BrokenProcessPool:
+        except BrokenProcessPool:  # the pool has ended the other processes
             raise ValueError(
                 "a process that tokenises was killed, perhaps for want of memory: take fewer --workers"
             ) from None
         finally:
+            done.value = _STOPPED
             pool.shutdown(cancel_futures=True)
 
 
@@ -242,6 +253,8 @@ def _start(tokeniser: _Tokeniser, done: Any) -> None:
 
     def advance(count: int) -> None:
         with done.get_lock():
+            if done.value == _STOPPED:
+                raise RuntimeError("another process failed, or the command was interrupted")
             done.value += count
 
     _worker = tokeniser, advance
@@ -321,20 +334,26 @@ def main(arguments: list[str] | None = None) -> None:
         if options.workers < 1:
             raise ValueError(f"--workers {options.workers}; allowed: at least 1")
         config = load_run(options.config, options.set).data
-        output = options.output or (Path(config.prepared) if config.prepared else None)
+        folder = options.output or locate(config, options.workers)
         if options.verify:
-            folder = output or cached_folder(config, options.workers)
             index = verify(folder)
             check(folder, config)
         else:
-            folder = prepare(config, workers=options.workers, output=output)
-            index = read_index(folder)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        sys.exit(f"ssr-prepare: {error} {error.__cause__ or ''}".rstrip())
+            index = read_index(prepare(config, workers=options.workers, output=folder))
+    except datasets.exceptions.DatasetsError as error:
+        sys.exit(f"ssr-prepare: {error}: {_reason(error)}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"ssr-prepare: {error}")
     training, heldout = (sum(shard.tokens for shard in part) for part in (index.training, index.heldout))
     state = "verified" if options.verify else "prepared"
     print(f"{state} {training:,} training and {heldout:,} held-out tokens in {len(index.shards)} shards")
     print(f"folder {folder}\nfingerprint {index.fingerprint}")
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong below, which an error from another process holds as the text of a traceback."""
+    lines = str(error.__cause__).splitlines()
+    return next((line for line in lines if re.match(r"[\w.]+Error: ", line)), lines[-1])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,7 +73,10 @@ def settings_of(config: DataConfig) -> dict[str, Any]:
 
 def write_index(folder: Path, index: Index) -> None:
     facts = {"format": FORMAT, "fingerprint": index.fingerprint, **asdict(index)}
-    (folder / INDEX).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    with (folder / INDEX).open("w", encoding="utf-8") as file:
+        file.write(json.dumps(facts) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_index(folder: Path) -> Index:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,9 @@ def test_the_launch_script_trains_on_two_ranks_to_a_report(cache, tmp_path):
     assert result.stderr.count("SSR active on 2 routers") == 1
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert files == {".lock", "config.json", "metrics.jsonl", "checkpoints", "report.html", "loss.png", "load.png"}
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["experts"] == 8
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings["model"]["experts"] == 8
+    assert re.fullmatch(r"[0-9a-f]{16}", settings["data"]["fingerprint"])
 
 
 @pytest.mark.parametrize(

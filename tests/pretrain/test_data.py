@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 
@@ -8,15 +9,18 @@ import torch
 from ssr_deepspeed.pretrain import data
 from ssr_deepspeed.pretrain.config import DataConfig
 from ssr_deepspeed.pretrain.model import IGNORED
+from ssr_deepspeed.pretrain.prepare import prepare
+from ssr_deepspeed.pretrain.text import read_documents
+from ssr_deepspeed.pretrain.tokenizer import END
 
 
 @pytest.fixture(scope="module")
 def speeches(tmp_path_factory):
-    return data.read_documents(DataConfig())
+    return read_documents(DataConfig())
 
 
 def corpus_of(config):
-    return data.open_corpus(data.prepare(config), 8)
+    return data.open_corpus(prepare(config), dataclasses.replace(config, sequence_length=8))
 
 
 def write_documents(folder, count=20):
@@ -27,8 +31,8 @@ def write_documents(folder, count=20):
 
 
 def split_at(tokens, end):
-    places = numpy.flatnonzero(tokens == end)
-    return [part.tolist() for part in numpy.split(tokens, places + 1)[:-1]]
+    places = numpy.flatnonzero(tokens[:] == end)
+    return [part.tolist() for part in numpy.split(tokens[:], places + 1)[:-1]]
 
 
 def test_bytes_hold_every_document_whole_and_each_on_one_side_of_the_split(tmp_path):
@@ -45,11 +49,11 @@ def test_a_trained_bpe_gives_the_text_back_and_knows_the_bytes_of_each_token(tmp
     texts = write_documents(tmp_path)
     config = DataConfig(source=str(tmp_path), tokenizer="bpe", vocabulary=300, cache=str(tmp_path / "cache"))
     corpus = corpus_of(config)
-    folder = data.prepare(config)
+    folder = prepare(config)
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    end = tokenizer.token_to_id(data.END)
+    end = tokenizer.token_to_id(END)
     found = {}
     for side in (corpus.training, corpus.heldout):
         for part in split_at(side, end):
@@ -65,17 +69,17 @@ def test_the_default_text_is_the_installed_speeches(speeches):
 def test_json_lines_are_read_by_column(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text("\n".join(json.dumps({"body": f"text {i}"}) for i in range(5)))
-    assert data.read_documents(DataConfig(source=str(file), column="body"))["body"] == [f"text {i}" for i in range(5)]
+    assert read_documents(DataConfig(source=str(file), column="body"))["body"] == [f"text {i}" for i in range(5)]
 
 
 def test_a_second_preparation_finds_the_first(tmp_path):
     write_documents(tmp_path)
     config = DataConfig(source=str(tmp_path), cache=str(tmp_path / "cache"))
-    folder = data.prepare(config)
-    stamp = (folder / "training.bin").stat().st_mtime_ns
-    assert data.prepare(config) == folder
-    assert (folder / "training.bin").stat().st_mtime_ns == stamp
-    assert data.prepare(DataConfig(source=str(tmp_path), cache=str(tmp_path / "cache"), seed=1)) != folder
+    folder = prepare(config)
+    stamp = (folder / "index.json").stat().st_mtime_ns
+    assert prepare(config) == folder
+    assert (folder / "index.json").stat().st_mtime_ns == stamp
+    assert prepare(DataConfig(source=str(tmp_path), cache=str(tmp_path / "cache"), seed=1)) != folder
 
 
 @pytest.mark.parametrize(
@@ -93,7 +97,7 @@ def test_text_that_cannot_be_used_is_refused(tmp_path, settings, words):
     (tmp_path / "two.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     settings["source"] = settings["source"].replace("{tmp}", str(tmp_path))
     with pytest.raises(ValueError, match=words):
-        data.read_documents(DataConfig(**settings))
+        read_documents(DataConfig(**settings))
 
 
 @pytest.mark.parametrize("length", [7, 10, 33])
@@ -108,30 +112,49 @@ def test_windows_predict_every_token_once(length):
     assert (labels[~used] == IGNORED).all()
 
 
-def batches_of(ranks, first_step, count):
-    tokens = numpy.arange(500, dtype=numpy.uint16)
-    corpus = data.Corpus(tokens, tokens, 500, torch.ones(500))
-    config = DataConfig(sequence_length=10)
-    options = {"first_step": first_step, "micro_batch": 8 // ranks, "accumulation": 2}
-    streams = [data.training_batches(corpus, config, rank=rank, ranks=ranks, **options) for rank in range(ranks)]
-    return [
-        torch.cat([batch[0] for batch in group])[:, 0].tolist()
-        for group in itertools.islice(zip(*streams, strict=True), count)
-    ]
+def numbered(tokens=500):
+    array = numpy.arange(tokens, dtype=numpy.uint16)
+    return data.Corpus(array, array, tokens, torch.ones(tokens))
 
 
-def test_ranks_share_the_order_out_and_a_resumed_run_goes_on_in_it():
-    whole = batches_of(1, 0, 20)
-    assert batches_of(2, 0, 20) == whole
-    assert batches_of(2, 4, 12) == whole[8:]
-    first_epoch = [start for batch in whole for start in batch][:49]
-    assert sorted(first_epoch) == list(range(0, 490, 10))
+def samples_of(ranks, micro, first_sample, batches, **settings):
+    """First tokens of the sequences that all ranks take, in the order of the run's samples."""
+    config = DataConfig(sequence_length=10, **settings)
+    options = {"first_sample": first_sample, "micro_batch": micro, "ranks": ranks}
+    streams = [data.training_batches(numbered(), config, rank=rank, **options) for rank in range(ranks)]
+    groups = itertools.islice(zip(*streams, strict=True), batches)
+    return [start for group in groups for batch in group for start in batch[0][:, 0].tolist()]
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 4), (1, 3), (4, 4), (4, 1), (3, 5)])
+def test_other_ranks_and_batch_sizes_go_on_at_the_exact_sample(ranks, micro):
+    """Two ranks stop after 72 samples; what all ranks read before and after is the uninterrupted sequence."""
+    whole = samples_of(1, 1, 0, 200)
+    before = samples_of(2, 4, 0, 9)
+    assert before == whole[:72]
+    batches = 120 // (ranks * micro)
+    assert samples_of(ranks, micro, 72, batches) == whole[72 : 72 + batches * ranks * micro]
+    for epoch in range(4):
+        assert sorted(whole[epoch * 49 : epoch * 49 + 49]) == list(range(0, 490, 10))
+
+
+def test_loader_processes_change_nothing():
+    assert samples_of(2, 4, 5, 4, workers=2) == samples_of(2, 4, 5, 4)
+
+
+def test_an_epochs_order_is_a_permutation_of_its_own_and_never_changes():
+    orders = [data.epoch_order(1000, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(1000)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    # Published figures were trained in this order.
+    assert data.epoch_order(10, 0, 0).tolist() == [4, 1, 7, 5, 3, 9, 0, 8, 6, 2]
+    assert data.epoch_order(1000, 7, 3)[:6].tolist() == [822, 564, 215, 687, 724, 520]
+    assert data.epoch_order(1000, 0, 0).dtype == numpy.int32
 
 
 @pytest.mark.parametrize("limit", [0, 5])
 def test_held_out_sequences_are_shared_out_without_loss_and_in_equal_numbers(limit):
-    tokens = numpy.arange(100, dtype=numpy.uint16)
-    corpus = data.Corpus(tokens, tokens, 500, torch.ones(500))
+    corpus = numbered(100)
     options = {"limit": limit, "micro_batch": 2, "ranks": 3}
     by_rank = [list(data.heldout_batches(corpus, DataConfig(sequence_length=9), rank=r, **options)) for r in range(3)]
     assert len({len(batches) for batches in by_rank}) == 1

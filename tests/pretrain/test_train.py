@@ -1,6 +1,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from ssr_deepspeed.monitor.sinks import read_json_lines
 from ssr_deepspeed.pretrain import train
 from ssr_deepspeed.pretrain.config import load_run
+from ssr_deepspeed.pretrain.prepare import prepare
 from tests.gloo import run_ranks
 from tests.pretrain.tiny import tiny_run
 
@@ -128,6 +130,30 @@ def test_a_run_that_cannot_start_says_why_on_every_rank(cache, tmp_path):
     broken = tiny_run(cache, data={"source": "/nowhere.txt"})
     assert "no such file" in messages(broken, "c", "overwrite")
     assert (tmp_path / "c" / "config.json").exists()
+
+
+def _refused_on_two_hosts(configs, folder):
+    os.environ["LOCAL_RANK"] = "0"  # each rank is the first of its host, and prepares there
+    return _refused(configs[dist.get_rank()], folder)
+
+
+@pytest.mark.slow
+def test_text_that_differs_or_is_spoilt_on_one_host_stops_every_rank(cache, tmp_path):
+    def message(*data):
+        configs = [tiny_run(cache, data=settings) for settings in data]
+        both = run_ranks(2, _refused_on_two_hosts, configs, str(tmp_path / "run"), folder=tmp_path)
+        assert both[0][1] == both[1][1]
+        assert not (tmp_path / "run").exists()
+        return both[0][1]
+
+    shutil.copytree(f"{cache}/speeches", tmp_path / "speeches")
+    with (tmp_path / "speeches" / "0.txt").open("a") as file:
+        file.write("One sentence more.")
+    assert "ranks [1] have other text than rank 0: its fingerprint" in message({}, {"source": f"{tmp_path}/speeches"})
+    folder = prepare(tiny_run(cache).data, output=tmp_path / "prepared")
+    truncated = folder / "training_00000.bin"
+    truncated.write_bytes(b"short")
+    assert f"{truncated} has 5 bytes instead of" in message({}, {"prepared": str(folder)})
 
 
 def test_a_folder_that_another_process_still_writes_to_is_refused(cache, tmp_path):
