@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from ssr_deepspeed.section import Section, fail, join, nearest, require, require_choice
+from ssr_deepspeed.section import Section, fail, join, merge, nearest, require, require_choice
 
 Cost = Literal["linear", "softmax"]
 Gradient = Literal["detach", "partial", "centred", "implicit"]
@@ -287,7 +287,7 @@ class SSRConfig(Section):
             if name not in PRESETS:
                 names = sorted(PRESETS)
                 raise ValueError(f"{join(path, 'preset')} = {name!r}; allowed: {names} or null{nearest(name, names)}")
-            block = _merge(PRESETS[name], {key: value for key, value in block.items() if key != "preset"})
+            block = merge(PRESETS[name], {key: value for key, value in block.items() if key != "preset"})
         return super().from_dict(block, path)
 
     def probability_at(self, step: int) -> float:
@@ -361,11 +361,3 @@ def find_block(deepspeed_config: dict[str, Any]) -> dict[str, Any] | None:
     if "ssr" in deepspeed_config and deepspeed_config["ssr"] is None:
         raise ValueError("ssr = null; allowed: a JSON object, {} for the defaults; remove the key to train without SSR")
     return deepspeed_config.get("ssr")
-
-
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged

@@ -95,6 +95,15 @@ def join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
+def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Both objects in one; where both have a key, `top`'s value, and of two objects again both in one."""
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
 def nearest(key: Any, names: list[str]) -> str:
     near = difflib.get_close_matches(str(key), names, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

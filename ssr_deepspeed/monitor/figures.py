@@ -161,6 +161,7 @@ def summary(log: RunLog, train: list[Record], evaluation: list[Record], load: li
         if "seconds" in last:
             figures["training time"] = f"{last['seconds'] / 60:.1f} min"
         figures["tokens a second (median)"] = f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "-"
+        figures |= _at_speed(train)
         figures["training loss (last record)"] = f"{_number(last.get('loss'))} nats"
     if load:
         figures["share of transport steps"] = _percent(transport_share(load))
@@ -169,6 +170,22 @@ def summary(log: RunLog, train: list[Record], evaluation: list[Record], load: li
         figures |= {f"{name} (last window)": text for name, text in _at_load(load[-1]).items()}
         figures["alerts that are not over"] = str(len(log.raised()))
         figures["last window written"] = _date(load[-1].get("time"))
+    return figures
+
+
+def _at_speed(train: list[Record]) -> dict[str, str]:
+    """Medians of what the records of training say of the machine, where they do."""
+    figures = {}
+    for name, key in (
+        ("model FLOP/s utilisation (median)", "mfu"),
+        ("time waiting for data (median)", "data_wait_share"),
+        ("time in gates, forwards (median)", "gate_time_share"),
+    ):
+        shares = sorted(record[key] for record in train if isinstance(record.get(key), int | float))
+        if shares:
+            figures[name] = _percent(shares[len(shares) // 2])
+    if train[-1].get("peak_memory_bytes"):
+        figures["peak memory of a rank"] = f"{train[-1]['peak_memory_bytes'] / 2**30:.2f} GiB"
     return figures
 
 

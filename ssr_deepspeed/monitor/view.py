@@ -100,7 +100,7 @@ def _level(share: float, ramp: str) -> str:
 
 
 def _run(run: Watched, width: int, height: int | None, now: float, ramp: str) -> list[Text]:
-    lines = [_header(run, now)]
+    lines = [_header(run, now), *_machine(run)]
     if run.log is None or not run.windows:
         return [*lines, Text("  no load report yet: it comes at the end of the monitor's first window", "dim")]
     most = len(run.alerts) if height is None else max(1, height // 5)
@@ -117,12 +117,21 @@ def _header(run: Watched, now: float) -> Text:
         return line.append("  waiting: nothing is written yet", "not bold")
     of = f" of {run.steps}" if run.steps else ""
     line.append(f"  step {run.step}{of}", "not bold")
-    if isinstance(run.tokens_per_second, int | float):
-        line.append(f"  {run.tokens_per_second:,.0f} tokens/s", "not bold")
+    speed = run.training.get("tokens_per_second")
+    if isinstance(speed, int | float):
+        line.append(f"  {speed:,.0f} tokens/s", "not bold")
     line.append(f"  last record {_duration(age)} ago", "not bold")
     if run.damaged:
         line.append(f"  {run.damaged} damaged lines left out", "not bold")
     return line
+
+
+def _machine(run: Watched) -> list[Text]:
+    """Where the time of the last training steps went, if the run says so."""
+    shares = {"MFU": "mfu", "waiting for data": "data_wait_share", "in gates": "gate_time_share"}
+    found = {name: run.training.get(key) for name, key in shares.items()}
+    known = [f"{share:.1%} {name}" for name, share in found.items() if isinstance(share, int | float)]
+    return [Text("  " + "  ".join(known), "dim")] if known else []
 
 
 def _layers(run: Watched, width: int, height: int | None, ramp: str) -> list[Text]:

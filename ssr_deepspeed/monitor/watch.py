@@ -88,7 +88,8 @@ class Watched:
         self.path, self.log = path, None
         self.name = (path if path.is_dir() else path.with_suffix("")).resolve().name
         self.step, self.steps, self.damaged = 0, None, 0
-        self.tokens_per_second: float | None = None
+        self.training: dict = {}
+        """The last record of training."""
         self.windows: list[dict] = []
         self.loads: list[list[float | None]] | None = None
         self.alerts: list[dict] = []
@@ -110,7 +111,7 @@ class Watched:
         self.alerts = log.raised()
         train = log.steps("train")
         last = log.records("train", most=1) if train else []
-        self.tokens_per_second = last[-1].get("tokens_per_second") if last else None
+        self.training = last[-1] if last else {}
         self.step = max([*train[-1:], *(window["step"] for window in self.windows[-1:])], default=0)
         self.steps, self.damaged = _planned(log), log.damaged
 

@@ -1,7 +1,8 @@
 """Settings of a pretraining run: one JSON file that names or contains its model and DeepSpeed JSON.
 
-A run file holds `"model"` and `"deepspeed"` either as objects or as paths relative to itself, and
-the settings of `RunConfig`. Flags only choose files and override single keys.
+A run file holds `"model"` and `"deepspeed"` as objects, as paths relative to itself, or as a list of both in which
+later ones override earlier ones key by key, and the settings of `RunConfig`. Flags only choose files and override
+single keys.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ssr_deepspeed.config import LOSS_RULES, SSRConfig, find_block
-from ssr_deepspeed.section import Section, require
+from ssr_deepspeed.section import Section, merge, require
 
 Checkpointing = Literal["none", "reentrant", "non_reentrant", "deepspeed"]
 
@@ -54,6 +55,8 @@ class ModelConfig(Section):
     """One matrix for input embedding and output logits."""
     rope_base: float = 10000.0
     """Base of the rotary frequencies."""
+    dropout: float = 0.0
+    """Share of the embeddings and of what each attention and feed-forward layer adds that is zeroed in training."""
     activation_checkpointing: Checkpointing = "none"
     """Recompute each block in the backward pass: with torch's two ways or DeepSpeed's."""
 
@@ -68,6 +71,7 @@ class ModelConfig(Section):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         require(self.auxiliary_loss >= 0, "auxiliary_loss", self.auxiliary_loss, "at least 0")
         require(self.min_capacity >= 0, "min_capacity", self.min_capacity, "at least 0")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +141,16 @@ class RunConfig(Section):
     """Newest checkpoints kept."""
     seed: int = 0
     """Seed of the weights and of everything random in training."""
+    peak_flops: float | None = None
+    """Floating-point operations a second that one device could do, for the utilisation in the records; `null`: those
+    of the device in the data sheet, where it is known."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("eval_every", "eval_sequences", "checkpoint_every"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(self.peak_flops is None or self.peak_flops > 0, "peak_flops", self.peak_flops, "above 0, or null")
         if self.checkpoint_every % self.log_every:
             # A record covers the steps since the last one; a resumed run must begin with a new one.
             raise ValueError(
@@ -168,16 +176,21 @@ def load_run(path: str, overrides: list[str]) -> RunConfig:
     """Read a run file and apply `key.key=value` overrides, whose values are JSON or else strings.
 
     Raises:
-        ValueError: the file is missing or not JSON, or a key or value is wrong.
+        ValueError: the file is missing or not JSON, or a key or value is wrong, also one of DeepSpeed's.
     """
+    # DeepSpeed takes seconds to import.
+    from ssr_deepspeed.pretrain.deepspeed_json import check_deepspeed
+
     file = find_config(path)
     settings = _read_json(file)
     for section in ("model", "deepspeed"):
-        if isinstance(settings.get(section), str):
-            settings[section] = _read_json(file.parent / settings[section])
+        if isinstance(settings.get(section), str | list):
+            settings[section] = _assemble(settings[section], section, file.parent)
     for override in overrides:
         _override(settings, override)
-    return RunConfig.from_dict(settings, path="")
+    config = RunConfig.from_dict(settings, path="")
+    check_deepspeed(config.deepspeed)
+    return config
 
 
 def find_config(path: str) -> Path:
@@ -205,6 +218,17 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{file} must hold a JSON object")
     return settings
+
+
+def _assemble(parts: str | list[Any], section: str, folder: Path) -> dict[str, Any]:
+    """A section from its parts: files, relative to the folder, and objects; later keys win."""
+    whole: dict[str, Any] = {}
+    for part in parts if isinstance(parts, list) else [parts]:
+        read = _read_json(folder / part) if isinstance(part, str) else part
+        if not isinstance(read, dict):
+            raise ValueError(f"{section} contains {part!r}; allowed: a file's path, a JSON object, or a list of these")
+        whole = merge(whole, read)
+    return whole
 
 
 def _override(settings: dict[str, Any], override: str) -> None:

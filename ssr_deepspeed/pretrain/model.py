@@ -75,6 +75,7 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(config.width)
         feed_forward = SwiGLU(config.width, config.expert_width)
         self.feed_forward: nn.Module = feed_forward
+        self.dropout = _dropout(config)
         if with_experts:
             self.feed_forward = MoE(
                 config.width,
@@ -91,12 +92,12 @@ class Block(nn.Module):
 
     def forward(self, x_BLM: Tensor, rotation_LD: Tensor, used_T: Tensor | None) -> tuple[Tensor, ...]:
         """The block's output; with experts also their auxiliary loss (0-dim) and demand (`[E]`)."""
-        x_BLM = x_BLM + self.attention(self.attention_norm(x_BLM), rotation_LD)
+        x_BLM = x_BLM + self.dropout(self.attention(self.attention_norm(x_BLM), rotation_LD))
         normed_BLM = self.feed_forward_norm(x_BLM)
         if not isinstance(self.feed_forward, MoE):
-            return (x_BLM + self.feed_forward(normed_BLM),)
+            return (x_BLM + self.dropout(self.feed_forward(normed_BLM)),)
         out_BLM, l_aux, counts_E = self.feed_forward(normed_BLM, used_T)
-        return x_BLM + out_BLM, l_aux, counts_E
+        return x_BLM + self.dropout(out_BLM), l_aux, counts_E
 
 
 class MoELanguageModel(nn.Module):
@@ -114,6 +115,7 @@ class MoELanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(vocabulary, config.width)
+        self.dropout = _dropout(config)
         self.blocks = nn.ModuleList(
             Block(config, with_experts=(index + 1) % config.moe_every == 0) for index in range(config.layers)
         )
@@ -149,7 +151,7 @@ class MoELanguageModel(nn.Module):
             labels_BL: int64, the token after each one; `IGNORED` where there is none.
             used_BL: zero for padding, which no expert sees; None for no padding.
         """
-        x_BLM = self.embedding(tokens_BL)
+        x_BLM = self.dropout(self.embedding(tokens_BL))
         rotation_LD = _rotation(tokens_BL.shape[1], self.config, x_BLM.device)
         # Flat: TopKGate with k = 1 takes no other shape.
         used_T = None if used_BL is None else used_BL.flatten()
@@ -172,6 +174,11 @@ class MoELanguageModel(nn.Module):
         if kind == "deepspeed":
             return deepspeed.checkpointing.checkpoint(block, *inputs)
         return checkpoint(block, *inputs, use_reentrant=kind == "reentrant")
+
+
+def _dropout(config: ModelConfig) -> nn.Module:
+    # One with nothing to drop would still draw random numbers.
+    return nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
 
 def _seed_of(seed: int, name: str) -> int:

@@ -100,16 +100,18 @@ def memory_of(config: RunConfig, vocabulary: int, ranks: int) -> dict[str, int]:
     # What a rank keeps of states that ZeRO shares out over the ranks that hold the same weights.
     shared = sizes.dense_parameters / ranks + sizes.expert_parameters * config.model.ep_size / ranks
     accumulated = _bytes_of_a_gradient(deepspeed)
-    buckets = 0
-    if stage and zero.get("contiguous_gradients", True):
-        buckets = int(zero.get("reduce_bucket_size", 5e8)) * accumulated * (2 if zero.get("overlap_comm") else 1)
+    # Beside its own accumulator a pass needs gradients of the weights' precision; ZeRO 2 has them in buckets alone.
+    passing = width if stage < 2 and accumulated != width else 0
+    # DeepSpeed's BF16_Optimizer takes over where ZeRO 1 accumulates in fp32, without buckets.
+    bucketed = stage and zero.get("contiguous_gradients", True) and not passing
+    buckets = int(zero.get("reduce_bucket_size", 5e8)) * width * (2 if zero.get("overlap_comm") else 1)
     tokens = micro_batch_of(deepspeed, ranks) * config.data.sequence_length
     activations, dispatch = _activations(config.model, tokens, width)
     return {
         "weights": local * width,
-        "gradients": round((shared if stage >= 2 else local) * accumulated),
+        "gradients": round((shared if stage >= 2 else local) * (accumulated + passing)),
         "optimizer_states": round((shared if stage else local) * _state_bytes(deepspeed)),
-        "reduction_buckets": buckets,
+        "reduction_buckets": buckets if bucketed else 0,
         "activations": activations,
         "dispatch_buffers": dispatch,
         # Its softmax, kept for the backward pass, and there its gradient before and after it.

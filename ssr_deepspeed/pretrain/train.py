@@ -25,6 +25,7 @@ from ssr_deepspeed.monitor.report import write_report
 from ssr_deepspeed.monitor.sinks import JsonLines, read_json_lines
 from ssr_deepspeed.pretrain import checkpoint, data
 from ssr_deepspeed.pretrain.config import DataConfig, RunConfig
+from ssr_deepspeed.pretrain.deepspeed_json import check_batch
 from ssr_deepspeed.pretrain.evaluate import evaluate
 from ssr_deepspeed.pretrain.folder import Existing, claim
 from ssr_deepspeed.pretrain.model import MoELanguageModel
@@ -54,6 +55,7 @@ class Run:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.folder, self.compare = folder, compare
         check_layout(config.model, self.ranks)
+        check_batch(config.deepspeed, self.ranks)
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         prepared = _together(lambda: prepare(config.data), here=local_rank == 0)
         found = _together(lambda: self._open(prepared[self.rank - local_rank], config.data), here=True)
@@ -92,22 +94,20 @@ class Run:
             rank=self.rank,
             ranks=self.ranks,
         )
-        progress = Progress(
-            config, self.first_step, micro * accumulation * self.ranks, self.rank, self._seconds_so_far()
-        )
+        progress = Progress(engine, config, self.corpus.vocabulary, self.first_step, self._seconds_so_far())
         losses = []
         engine.train()
         for step in range(self.first_step + 1, config.steps + 1):
             for _ in range(accumulation):
-                tokens_BL, labels_BL, _ = next(batches)
+                tokens_BL, labels_BL, _ = progress.fetch(batches)
                 output = engine(tokens_BL.to(engine.device), labels_BL.to(engine.device))
                 engine.backward(output.loss)
                 engine.step()
                 losses.append(output.loss.detach())
             progress.advance()
-            if step % config.log_every == 0 or step == config.steps:
-                loss = _mean_over_ranks(losses)
-                self._record(progress.record(engine, loss))
+            if progress.is_due(step):
+                loss, record = progress.record(losses)
+                self._record(record)
                 losses.clear()
                 if not math.isfinite(loss) and not engine.fp16_enabled():
                     # The mean is the same on every rank, so every rank stops here.
@@ -221,9 +221,3 @@ def _together(work: Callable[[], Any], here: bool) -> list[Any]:
         if found:
             raise ValueError(found)
     return [result for result, _ in gathered]
-
-
-def _mean_over_ranks(losses: list[torch.Tensor]) -> float:
-    mean = torch.stack(losses).double().mean()
-    dist.all_reduce(mean)
-    return float(mean / dist.get_world_size())

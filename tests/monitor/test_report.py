@@ -56,6 +56,23 @@ def test_the_page_holds_the_records_own_figures_and_needs_nothing_else(tmp_path)
     assert not re.search(r"(src|href|url)\s*[=(]\s*[\"']?(https?:)?//", (tmp_path / "report.html").read_text())
 
 
+def test_the_summary_tells_where_the_time_went_where_the_records_do(tmp_path):
+    folder = write_run(tmp_path / "mine", 20)
+    (run,) = report(tmp_path, folder)["runs"]
+    assert not [name for name, _ in run["summary"] if "waiting" in name or "gates" in name or "memory" in name]
+    sink = JsonLines(folder / "metrics.jsonl")
+    for step, wait in ((25, 0.01), (30, 0.5), (35, 0.02)):
+        sink.write({"kind": "train", "step": step, "loss": 1.0, "mfu": None, "data_wait_share": wait,
+                    "gate_time_share": wait / 2, "peak_memory_bytes": 3 * 2**29 + step})  # fmt: skip
+    sink.close()
+    (run,) = report(tmp_path, folder)["runs"]
+    figures = dict(run["summary"])
+    assert figures["time waiting for data (median)"] == "2.0 %"
+    assert figures["time in gates, forwards (median)"] == "1.0 %"
+    assert figures["peak memory of a rank"] == "1.50 GiB"
+    assert "model FLOP/s utilisation (median)" not in figures
+
+
 def test_runs_are_compared_at_the_last_step_that_all_have(tmp_path):
     runs = [write_run(tmp_path / "a" / "run", 20), write_run(tmp_path / "b" / "run", 10)]
     data = report(tmp_path, *runs)

@@ -58,6 +58,16 @@ def shown(folders, width=100, height=None, clock=lambda: NOW):
     return text_of(next(frames(runs, lambda: (width, height), clock)), width)
 
 
+def test_where_the_time_goes_has_a_line_of_its_own(tmp_path):
+    speed = {"tokens_per_second": 12.0, "mfu": 0.412, "data_wait_share": 0.0312, "gate_time_share": 0.12}
+    train = {"kind": "train", "step": 20, **speed}
+    lines = shown([write(tmp_path / "mine", [*records(20), train])], 60).splitlines()
+    assert lines[1] == "  41.2% MFU  3.1% waiting for data  12.0% in gates"
+    unknown = {**train, "mfu": None, "gate_time_share": None}
+    lines = shown([write(tmp_path / "other", [*records(20), unknown])], 60).splitlines()
+    assert lines[1] == "  3.1% waiting for data"
+
+
 @pytest.mark.parametrize("width", [60, 100, 200])
 def test_every_figure_is_that_of_the_last_window_at_every_width(tmp_path, width):
     train = {"kind": "train", "step": 20, "tokens_per_second": 12345.6}

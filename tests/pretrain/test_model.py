@@ -26,7 +26,7 @@ def _recomputation(cache):
         engine = _engine(
             cache,
             kind,
-            model={"capacity_factor": 1.0},
+            model={"capacity_factor": 1.0, "dropout": 0.1},
             ssr={
                 "rule": "ssr",
                 "probability": 0.5,
@@ -65,6 +65,30 @@ def test_recomputation_repeats_routes_noise_and_gradients_and_counts_nothing_twi
                 torch.testing.assert_close(
                     other_gradients[name], gradient, msg=lambda m, k=kind, n=name: f"{k} {n} {m}"
                 )
+
+
+def _dropout(cache):
+    """Losses of one batch: in training without dropout, with it, twice more, and in evaluation."""
+    tokens = torch.randint(0, 257, (4, 33))
+
+    def loss(engine, train):
+        torch.manual_seed(1)
+        engine.train(train)
+        return engine(tokens[:, :-1], tokens[:, 1:]).loss.item()
+
+    options = {"ssr": {"rule": "none"}, "model": {"capacity_factor": 4.0, "eval_capacity_factor": 4.0, "ep_size": 1}}
+    plain = _engine(cache, **options)
+    dropping = _engine(cache, **{**options, "model": {**options["model"], "dropout": 0.3}})
+    return [loss(plain, True), loss(dropping, True), loss(dropping, True), loss(dropping, False), loss(plain, False)]
+
+
+@pytest.mark.slow
+def test_dropout_acts_in_training_alone(cache, tmp_path):
+    (losses,) = run_ranks(1, _dropout, cache, folder=tmp_path)
+    plain, dropped, again, evaluated, plainly_evaluated = losses
+    assert dropped == again != plain
+    assert evaluated == plainly_evaluated == pytest.approx(plain, rel=1e-4)
+    assert abs(dropped - plain) > 1e-3
 
 
 def _padding(cache):

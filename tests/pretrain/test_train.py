@@ -37,8 +37,24 @@ def records(folder, kind):
     return [record for record in read_json_lines(folder / "metrics.jsonl") if record["kind"] == kind]
 
 
+# What a machine does faster or slower each time.
+OF_TIME = {
+    "data_wait_share",
+    "eta_seconds",
+    "gate_time_share",
+    "mfu",
+    "model_flops_per_second",
+    "peak_memory_bytes",
+    "seconds",
+    "step_seconds",
+    "time",
+    "tokens_per_second",
+    "tokens_per_second_per_device",
+}
+
+
 def timeless(record):
-    return {key: value for key, value in record.items() if key not in ("seconds", "tokens_per_second", "time")}
+    return {key: value for key, value in record.items() if key not in OF_TIME}
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
@@ -211,13 +227,6 @@ def test_the_first_two_steps_are_those_of_a_shorter_run(cache, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file", sorted(Path(__file__).parents[2].glob("configs/pretrain/*.json")), ids=lambda f: f.stem
-)
-def test_every_shipped_run_file_is_valid(file):
-    assert load_run(str(file), []) == load_run(file.stem, [])
-
-
-@pytest.mark.parametrize(
     ("overrides", "words"),
     [
         (["model.layer=3"], "unknown key model.layer = 3; did you mean 'layers'"),
@@ -230,6 +239,8 @@ def test_every_shipped_run_file_is_valid(file):
         (["deepspeed.use_data_before_expert_parallelism=true"], "use_data_before_expert_parallelism = true"),
         (["deepspeed.ssr.rule=auxiliary"], "model.auxiliary_loss = 0.0; allowed: above 0"),
         (["model.auxiliary_loss=0.1"], 'model.auxiliary_loss = 0.1; allowed: 0, for deepspeed.ssr.rule = "carried"'),
+        (["model.dropout=1"], "model.dropout = 1.0; allowed: at least 0 and below 1"),
+        (["peak_flops=0"], "peak_flops = 0.0; allowed: above 0, or null"),
         (["model.ep_size=3"], "model.ep_size = 3; allowed: divisors of experts = 8"),
     ],
 )
