@@ -19,6 +19,7 @@ import ssr_deepspeed
 from ssr_deepspeed.preflight.findings import Finding, judged
 from ssr_deepspeed.preflight.job import Job, shortened
 from ssr_deepspeed.pretrain.config import RunConfig
+from ssr_deepspeed.pretrain.deepspeed_json import check_batch
 
 _PACKAGES = ("deepspeed", "transformers", "datasets", "tokenizers", "numpy")
 _VARIABLES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_DEVICE_MAX_CONNECTIONS")
@@ -46,7 +47,7 @@ def check_environment(job: Job) -> Finding:
 
 
 def check_configuration(job: Job, load: Callable[[], RunConfig]) -> tuple[Finding, RunConfig | None]:
-    """The same resolved configuration on every rank, and that configuration; None where they differ."""
+    """The same resolved configuration on every rank, for as many as there are; it, or None where they differ."""
     outcomes = job.attempt(load)
     failures = job.problems(outcomes)
     hashes = [
@@ -58,6 +59,8 @@ def check_configuration(job: Job, load: Callable[[], RunConfig]) -> tuple[Findin
         told = differences(job, [_flat(outcome.result.to_dict()) for outcome in outcomes])
         failures = [f"{sentence}: give the same file and flags to every host" for sentence in told]
     config = None if failures else outcomes[job.rank].result
+    if config:
+        failures = _unfit(config, job.ranks)
     return judged("configuration", f"equal, with fingerprint {''.join(hashes[:1])}", failures=failures), config
 
 
@@ -83,6 +86,17 @@ def differences(job: Job, settings: list[dict[str, Any]]) -> list[str]:
         told = shortened([f"{value} on {job.name(ranks)}" for value, ranks in odd.items()])
         sentences.append(f"{name} is {told}, and {usual} on the others")
     return sentences
+
+
+def _unfit(config: RunConfig, ranks: int) -> list[str]:
+    """Why the configuration is not one for this number of ranks."""
+    problems = []
+    for check in (lambda: config.check_ranks(ranks), lambda: check_batch(config.deepspeed, ranks)):
+        try:
+            check()
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _versions() -> dict[str, str]:

@@ -54,6 +54,7 @@ class Run:
     ) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.folder, self.compare = folder, compare
+        config.check_ranks(self.ranks)
         check_layout(config.model, self.ranks)
         check_batch(config.deepspeed, self.ranks)
         local_rank = int(os.environ.get("LOCAL_RANK", 0))

@@ -90,6 +90,12 @@ def _software_and_settings(rank, text):
         result = found(patch, overrides=[text, f"model.top_k={[2, 9][rank]}"], quick=True)
         assert "rank 1 (" in sentence(result, "configuration", Status.FAILURE)
         assert "model.top_k = 9; allowed: 1 to experts" in " ".join(result["configuration"].sentences)
+    with faults() as patch:
+        result = found(patch, overrides=[text, "ranks=3", "deepspeed.train_batch_size=9"], quick=True)
+        told = sentence(result, "configuration", Status.FAILURE)
+        assert "ranks = 3, but 2 started" in told
+        assert "deepspeed.train_batch_size = 9 is not 2 ranks" in told
+        assert result["experts"].status is Status.OK
 
 
 def _network(rank, text):
