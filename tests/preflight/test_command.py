@@ -41,6 +41,7 @@ def start(ranks, *arguments, environment=None, each=lambda rank: []):
             process.kill()
 
 
+@pytest.mark.slow
 def test_every_rank_ends_with_the_same_code_and_one_prints_the_table(cache, tmp_path):
     """A line for ssr-pretrain, with a configuration that one rank cannot load."""
     results = start(

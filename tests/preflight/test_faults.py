@@ -18,6 +18,7 @@ from ssr_deepspeed.preflight import links, network, storage
 from ssr_deepspeed.preflight.checks import Request, run_checks
 from ssr_deepspeed.preflight.findings import Status, table
 from ssr_deepspeed.preflight.job import join
+from ssr_deepspeed.preflight.joined import check_ranks
 from ssr_deepspeed.pretrain.config import load_run
 from ssr_deepspeed.pretrain.prepare import prepare
 from tests.gloo import run_ranks
@@ -169,26 +170,28 @@ def _prepared_text(rank, text, folder):
         assert "on rank 1 (b), and " in sentence(result, "text", Status.FAILURE)
 
 
-def _who_joined(rank, text, folder):
-    def told(**request):
-        with faults() as patch:
-            for name, value in request.pop("environment", {}).items():
+def _who_joined(text, folder):
+    with faults() as patch:
+        result = found(patch, overrides=[text, "model.ep_size=4"], quick=True)
+        assert "ep_size = 4 does not divide the 2 ranks" in sentence(result, "experts", Status.FAILURE)
+    job = join(timedelta(seconds=30))
+
+    def told(expected=None, hostfile=None, status=Status.FAILURE, **environment):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
                 patch.setenv(name, value)
-            result = found(patch, overrides=[text, "model.ep_size=4"], quick=True, **request)
-            assert "ep_size = 4 does not divide the 2 ranks" in sentence(result, "experts", Status.FAILURE)
-            return result
+            return sentence({"ranks": check_ranks(job, expected, hostfile)}, "ranks", status)
 
     (folder / "hosts").write_text("worker-0 slots=2\nworker-1 slots=2\n")
     (folder / "empty").write_text("# nothing\n")
-    failure = Status.FAILURE
-    assert sentence(told(), "ranks", Status.OK).startswith("2 joined on 1 host, as expected by WORLD_SIZE")
-    assert "--expect-ranks = 4, but 2 joined" in sentence(told(expect_ranks=4), "ranks", failure)
-    assert "there is no hostfile" in sentence(told(hostfile=folder / "none"), "ranks", failure)
-    assert "Hostfile is empty" in sentence(told(hostfile=folder / "empty"), "ranks", failure)
-    assert "4 slots on 2 hosts, but 2 ranks joined" in sentence(told(hostfile=folder / "hosts"), "ranks", failure)
-    assert told(hostfile=folder / "hosts", expect_ranks=2)["ranks"].status is Status.OK
+    assert told(status=Status.OK).startswith("2 joined on 1 host, as expected by WORLD_SIZE")
+    assert "--expect-ranks = 4, but 2 joined" in told(expected=4)
+    assert "there is no hostfile" in told(hostfile=folder / "none")
+    assert "Hostfile is empty" in told(hostfile=folder / "empty")
+    assert "4 slots on 2 hosts, but 2 ranks joined" in told(hostfile=folder / "hosts")
+    assert "--expect-ranks" in told(expected=2, hostfile=folder / "hosts", status=Status.OK)
     for name, value in {"SLURM_NTASKS": "8", "NNODES": "2:4", "WORLD_SIZE": "3", "SLURM_JOB_NUM_NODES": "2"}.items():
-        assert name in sentence(told(environment={name: value}), "ranks", failure)
+        assert name in told(**{name: value})
 
 
 def _two_ranks(text, folder, small_disk):
@@ -197,7 +200,7 @@ def _two_ranks(text, folder, small_disk):
     _network(rank, text)
     _storage_and_clocks(rank, text, folder, small_disk)
     _prepared_text(rank, text, folder)
-    _who_joined(rank, text, folder)
+    _who_joined(text, folder)
 
 
 @pytest.fixture
