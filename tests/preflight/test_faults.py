@@ -168,6 +168,8 @@ def _prepared_text(rank, text, folder):
         result = found(patch, overrides=[hidden, "data.prepared=other"], quick=True, hosts="ab")
         assert "the fingerprint of the tokens is" in sentence(result, "text", Status.FAILURE)
         assert "on rank 1 (b), and " in sentence(result, "text", Status.FAILURE)
+        result = found(patch, overrides=["data.source=nobody/nothing"], quick=True, hosts="ab")
+        assert "nobody/nothing" in sentence(result, "text", Status.FAILURE)
 
 
 def _who_joined(text, folder):
