@@ -336,8 +336,9 @@ def start():
 
     yield start_command
     for process in started:
-        process.kill()
-        process.wait(30)
+        if process.poll() is None:
+            process.kill()
+            process.wait(30)
 
 
 def kill_at_first_shard(process, folder, victim):
