@@ -1,0 +1,51 @@
+import os
+import signal
+import time
+
+import pytest
+
+from ssr_deepspeed.pretrain import signals
+from tests.gloo import _context
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _get(numbers, armed, same, exit_file, survives):
+    """Get these signals, 0.2 s apart; end with 7 where the process is to survive them, and else wait for the end."""
+    os.environ["SSR_EXIT_FILE"] = exit_file
+    signals._SAME = same
+    taken = signals.Signals(launched=False)
+    if armed:
+        taken.arm()
+    for number in numbers:
+        before = taken._when[number]
+        until(lambda before=before: time.monotonic() - before > 0.2)
+        os.kill(os.getpid(), number)
+        until(lambda number=number, before=before: taken._when[number] > before and taken.asked())
+    until(lambda: survives)
+    assert taken.asked() == numbers[0]
+    os._exit(7)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "armed", "same", "code", "told"),
+    [
+        pytest.param([signal.SIGUSR1, signal.SIGTERM], True, 0.1, 7, None, id="a notice, then the limit"),
+        pytest.param([signal.SIGTERM, signal.SIGTERM], True, 60, 7, None, id="to each process, and by torchrun"),
+        pytest.param([signal.SIGTERM, signal.SIGTERM], True, 0.1, 128 + signal.SIGTERM, None, id="again later"),
+        pytest.param([signal.SIGTERM], False, 0.1, 75, "75", id="before training"),
+        pytest.param([signal.SIGINT], False, 0.1, 130, "130", id="Ctrl-C before training"),
+    ],
+)
+def test_a_signal_ends_at_once_only_when_it_comes_again_or_before_training(tmp_path, numbers, armed, same, code, told):
+    file = tmp_path / "code"
+    process = _context.Process(target=_get, args=(numbers, armed, same, str(file), code == 7))
+    process.start()
+    process.join(120)
+    assert process.exitcode == code
+    assert (file.read_text().strip() if file.exists() else None) == told
