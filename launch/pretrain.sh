@@ -16,7 +16,7 @@ Start a pretraining run with torchrun. On several machines, start it on every on
   pretrain.sh --nodes 2 --node-rank 0 --rendezvous node0:29400 --id first --config ... --output ...
 
   --nodes N              machines of the run, exactly                    NNODES, PET_NNODES, SLURM_NNODES, or 1
-  --ranks-per-node R     processes on this one: number, gpu, cpu, auto  RANKS, PET_NPROC_PER_NODE; gpu, alone 2
+  --ranks-per-node R     ranks of this one: number, gpu, cpu, auto       RANKS, PET_NPROC_PER_NODE; gpu, alone 2
 With --nodes 2 or more also:
   --rendezvous HOST:PORT a free port of one of them, for training; the   PET_RDZV_ENDPOINT, MASTER_ADDR and MASTER_PORT,
                          next one is for the preflight                   PET_MASTER_ADDR and PET_MASTER_PORT
@@ -27,7 +27,8 @@ With --nodes 2 or more also:
   --join-timeout SECONDS until when all must be there; 600 by default
 At will:
   --log-dir DIR          also write what each rank says to files below DIR/NODE
-  --max-restarts N       times that the ranks are started anew after a failure, from the last checkpoint; 0
+  --max-restarts N       times that the ranks are started anew after a failure, from the last checkpoint; 0; on all
+                         machines alike
   --no-preflight         do not run ssr-preflight first; several machines must then start within a minute
   --dry-run              print the commands and stop
   --help                 this text; ssr-pretrain --help tells of its arguments
@@ -245,6 +246,7 @@ end_when_ranks_have() {
 }
 
 # Within five seconds once: Slurm tells every process of a step, and a third one tears torchrun from its ranks.
+# shellcheck disable=SC2329  # the traps call it
 pass_on() {
   if ((SECONDS - ${passed[$1]:--9} > 5)); then
     passed[$1]=$SECONDS
@@ -305,20 +307,24 @@ print_commands() {
   echo
 }
 
-declare -A given=() passed=()
-arguments=() preflight=yes dry_run='' child='' stopped=''
-id=none port=0 rendezvous=
-read_options "$@"
-resolve
-if [[ -n $dry_run ]]; then
-  print_commands
+# bash reads what is in braces to its end: a script changed while a run lasts would otherwise go on in its new text.
+{
+  declare -A given=() passed=()
+  arguments=() preflight=yes dry_run='' child='' stopped=''
+  id=none port=0 rendezvous=
+  read_options "$@"
+  resolve
+  if [[ -n $dry_run ]]; then
+    print_commands
+    exit
+  fi
+  SSR_EXIT_FILE=$(mktemp)
+  export SSR_EXIT_FILE
+  trap 'rm -f "$SSR_EXIT_FILE"' EXIT
+  for signal in TERM INT USR1; do
+    # shellcheck disable=SC2064  # its name now
+    trap "pass_on $signal" "$signal"
+  done
+  train
   exit
-fi
-SSR_EXIT_FILE=$(mktemp)
-export SSR_EXIT_FILE
-trap 'rm -f "$SSR_EXIT_FILE"' EXIT
-for signal in TERM INT USR1; do
-  # shellcheck disable=SC2064  # its name now
-  trap "pass_on $signal" "$signal"
-done
-train
+}

@@ -237,6 +237,18 @@ def test_a_signal_reaches_torchrun_and_the_script_waits_for_it(number, saves, st
     assert ("before there was anything to save" in errors) == (not saves)
 
 
+def test_a_script_that_is_changed_while_a_run_lasts_goes_on_in_its_old_text(fake, tmp_path):
+    process = fake(f"touch {tmp_path}/ready; until [[ -e {tmp_path}/changed ]]; do sleep 0.05; done", "--no-preflight")
+    wait_for((tmp_path / "ready").exists, 30, process.poll)
+    with (tmp_path / "launch" / "pretrain.sh").open("r+") as file:
+        text = file.read()
+        file.seek(0)
+        file.write("# longer\n" * 3 + text)
+    (tmp_path / "changed").touch()
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+
+
 @pytest.mark.slow
 def test_a_torchrun_that_outlives_its_ranks_and_hears_nothing_is_ended(fake, tmp_path):
     behaviour = f"trap '' TERM; sleep 600 & echo $! >{tmp_path}/rank\n"
