@@ -82,12 +82,14 @@ def _device() -> str | None:
 
 
 def _promised(job: Job, expected: int | None) -> dict[str, int]:
-    """Ranks that should be there, by who says so; the largest number that any rank was told."""
+    """Ranks that should be there, by who says so."""
     promised: dict[str, int] = {}
     for told in job.gather(expected_ranks(os.environ)):
         for name, count in told.items():
             if expected is None or name == "WORLD_SIZE":
-                promised[name] = max(promised.get(name, 0), count)
+                # Hosts may run unequal numbers of ranks: as many on each as on the smallest must be there.
+                least_or_most = min if "*" in name else max
+                promised[name] = least_or_most(promised.get(name, count), count)
     if expected is not None:
         promised["--expect-ranks"] = expected
     return promised

@@ -1,7 +1,4 @@
-"""Do collectives carry every element to its place, and how fast?
-
-Shapes: S elements sent by one rank, P ranks of a group.
-"""
+"""Do collectives carry every element to its place, and how fast?"""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ def check_all_reduce(job: Job, timed: bool) -> Finding:
     outcomes = job.attempt(lambda: _wrong_sums(job, group))
     failures = job.broken(outcomes) or [
         f"rank {rank} ({job.hosts[rank]}) got {sum(wrong.values())} wrong sums, of elements that {job.name(wrong)} "
-        f"filled: a faulty link, device or library there; leave that host out"
+        "filled: a faulty link, device or library there; leave that host out"
         for rank, (wrong, _) in enumerate(outcomes)
         if wrong
     ]
@@ -45,7 +42,7 @@ def check_all_reduce(job: Job, timed: bool) -> Finding:
         tensor = torch.zeros(size // 4, device=job.device)
         seconds, failures = _seconds(job, lambda: dist.all_reduce(tensor, group=group, async_op=True))
         if seconds:
-            # Each rank sends and receives 2 (P - 1) / P of the elements, however they are summed.
+            # Each of P ranks sends and receives 2 (P - 1) / P of the elements, however they are summed.
             moved = 2 * (job.ranks - 1) / job.ranks * size
             fine += f"; {_rate(moved / max(seconds))} a rank with {size // _MIB} MiB"
     return judged("all-reduce", fine, failures=failures)
