@@ -60,7 +60,7 @@ def test_figures_of_throughput_agree_with_one_another_and_a_slow_source_shows(ca
         assert (record["skipped_steps"], "loss_scale" in record) == (0, False)
     assert records[-1]["seconds"] < whole
     # Two micro-batches a step and two steps a record.
-    assert records[1]["data_wait_share"] * 2 * records[1]["step_seconds"] == pytest.approx(4 * DELAY, rel=0.2)
+    assert records[1]["data_wait_share"] * 2 * records[1]["step_seconds"] > 0.99 * 4 * DELAY
     assert records[0]["data_wait_share"] < records[1]["data_wait_share"] <= 1
     assert f"trained on {5 * 1024:,} tokens" in capfd.readouterr().out
 
