@@ -23,7 +23,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 pretrain: export DS_ACCELERATOR := cpu
 pretrain: setup
 	launch/pretrain.sh --config tiny_cpu --output $(RUNS)/softmax --overwrite --set deepspeed.ssr.rule=none --set steps=200
-	launch/pretrain.sh --config tiny_cpu --output $(RUNS)/ssr --overwrite --compare $(RUNS)/softmax
+	launch/pretrain.sh --no-preflight --config tiny_cpu --output $(RUNS)/ssr --overwrite --compare $(RUNS)/softmax
 
 # The tests that look at pages need a browser. As root it is installed; without it they are skipped.
 chromium:

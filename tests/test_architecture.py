@@ -19,6 +19,7 @@ LAYERS = [
     ["gate", "token_router", "monitor"],
     ["hosts"],
     ["autoload", "pretrain", "run"],
+    ["preflight"],
 ]
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,11 +24,16 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command `ssr-pretrain`."""
-    options = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        "ssr-pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
     # DeepSpeed compiles its operators with the ninja on the PATH; pip puts one beside the interpreter.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     # torch and DeepSpeed take seconds to import; --help and a misspelt flag should not.
     from ssr_deepspeed.pretrain.config import load_run
+    from ssr_deepspeed.pretrain.ranks import be_alone
     from ssr_deepspeed.pretrain.supervise import supervise
 
     try:
@@ -38,21 +42,19 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"ssr-pretrain: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     launched = "RANK" in os.environ
     if not launched:
-        _be_alone()
+        be_alone("ssr-pretrain")
     existing: Existing = "overwrite" if options.overwrite else "refuse"
     if options.resume:
         existing = "weights" if options.resume == "weights" else "resume"
     sys.exit(supervise(config, options.output, existing, options.compare, launched))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "ssr-pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser, output_required: bool = True) -> None:
+    """What a run's command line holds; `ssr-preflight` takes the same line."""
     parser.add_argument(
         "--config", required=True, help="run file (JSON), or the name of one that comes with the package"
     )
-    parser.add_argument("--output", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--output", type=Path, required=output_required, help="the run's folder")
     parser.add_argument(
         "--set",
         action="append",
@@ -80,21 +82,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     # torchrun and deepspeed's launcher may add it; the environment says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser
-
-
-def _be_alone() -> None:
-    """Started without a launcher: a process group of one."""
-    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if int(os.environ.get(name) or 1) > 1:
-            sys.exit(
-                f"ssr-pretrain: {name} = {os.environ[name]}, but no RANK is set: each task would train by itself. "
-                "Start torchrun in every task, or in one task a node"
-            )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 if __name__ == "__main__":

@@ -148,11 +148,14 @@ class RunConfig(Section):
     peak_flops: float | None = None
     """Floating-point operations a second that one device could do, for the utilisation in the records; `null`: those
     of the device in the data sheet, where it is known."""
+    ranks: int = 0
+    """Ranks that the run is meant for, an error if others start; 0: any number. A launcher that misses its hostfile
+    would train on one machine without a word."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("eval_every", "eval_sequences", "checkpoint_every"):
+        for name in ("eval_every", "eval_sequences", "checkpoint_every", "ranks"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(self.peak_flops is None or self.peak_flops > 0, "peak_flops", self.peak_flops, "above 0, or null")
         require(self.timeout > 0, "timeout", self.timeout, "above 0")
@@ -175,6 +178,14 @@ class RunConfig(Section):
     def collective_timeout(self) -> timedelta:
         """Of the process groups: somewhat more than `timeout`, at which the watch says who is missing."""
         return timedelta(seconds=1.25 * self.timeout + 5)
+
+    def check_ranks(self, started: int) -> None:
+        """Raises: ValueError, where another number of ranks has started than the run is meant for."""
+        if self.ranks not in (0, started):
+            raise ValueError(
+                f"ranks = {self.ranks}, but {started} started: see that every machine is there and the launcher finds "
+                "its hostfile, or set ranks"
+            )
 
 
 def load_run(path: str, overrides: list[str]) -> RunConfig:

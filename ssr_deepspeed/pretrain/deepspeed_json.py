@@ -7,13 +7,20 @@ What it knows is found by watching its own reader, so that no list here grows ol
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import torch
 from deepspeed.ops.adam import FusedAdam
 from deepspeed.runtime import lr_schedules
-from deepspeed.runtime.config import ADAM_OPTIMIZER, ADAM_W_MODE, ADAMW_OPTIMIZER, TORCH_ADAM_PARAM, DeepSpeedConfig
+from deepspeed.runtime.config import (
+    ADAM_OPTIMIZER,
+    ADAM_W_MODE,
+    ADAMW_OPTIMIZER,
+    DEEPSPEED_OPTIMIZERS,
+    TORCH_ADAM_PARAM,
+    DeepSpeedConfig,
+)
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from pydantic import BaseModel, ValidationError
 
@@ -61,8 +68,11 @@ def check_deepspeed(section: dict[str, Any]) -> None:
     stage = section.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2):
         raise ValueError(f"deepspeed.zero_optimization.stage = {stage!r}; allowed: 0, 1, 2, for DeepSpeed's MoE layer")
+    if "optimizer" not in section:
+        raise ValueError("deepspeed lacks an optimizer; add one, such as {'type': 'AdamW', 'params': {'lr': 1e-3}}")
     for name, parameters_of in (("optimizer", _optimizer_parameters), ("scheduler", _schedule_parameters)):
-        _check_parameters(section, name, parameters_of(str(section.get(name, {}).get("type"))))
+        if name in section:
+            _check_parameters(section, name, parameters_of)
 
 
 def check_batch(section: dict[str, Any], ranks: int) -> None:
@@ -168,26 +178,37 @@ def _below(model: Any) -> Iterator[Any]:
 
 
 def _optimizer_parameters(kind: str) -> list[str] | None:
+    """What an optimizer takes; None where it is not asked: those that DeepSpeed compiles."""
     if kind.lower() in (ADAM_OPTIMIZER, ADAMW_OPTIMIZER):
         torch_s, deepspeed_s = _arguments(torch.optim.AdamW), _arguments(FusedAdam)
         return sorted({*torch_s, *deepspeed_s, TORCH_ADAM_PARAM, ADAM_W_MODE})
-    return None
+    if kind.lower() in DEEPSPEED_OPTIMIZERS:
+        return None
+    found = getattr(torch.optim, kind, None)
+    if not inspect.isclass(found):
+        known = sorted(DEEPSPEED_OPTIMIZERS)
+        near = nearest(kind.lower(), known)
+        raise ValueError(f"deepspeed.optimizer.type = {kind!r}; allowed: {known} and torch's{near}")
+    return _arguments(found)
 
 
 def _schedule_parameters(kind: str) -> list[str] | None:
     found = getattr(lr_schedules, kind, None) or getattr(torch.optim.lr_scheduler, kind, None)
-    if kind != "None" and not inspect.isclass(found):
+    if not inspect.isclass(found):
         known = lr_schedules.VALID_LR_SCHEDULES
         raise ValueError(f"deepspeed.scheduler.type = {kind!r}; allowed: {known} and torch's{nearest(kind, known)}")
-    return _arguments(found) if found else None
+    return _arguments(found)
 
 
 def _arguments(kind: Any) -> list[str]:
     return [name for name in inspect.signature(kind).parameters if name not in ("params", "optimizer")]
 
 
-def _check_parameters(section: dict[str, Any], name: str, known: list[str] | None) -> None:
-    for key, value in section.get(name, {}).get("params", {}).items():
+def _check_parameters(section: dict[str, Any], name: str, parameters_of: Callable[[str], list[str] | None]) -> None:
+    if not isinstance(section[name].get("type"), str):
+        raise ValueError(f"deepspeed.{name} = {section[name]!r} lacks a type: DeepSpeed would ignore it")
+    known = parameters_of(section[name]["type"])
+    for key, value in section[name].get("params", {}).items():
         if known is not None and key not in known:
             raise ValueError(
                 f"unknown key deepspeed.{name}.params.{key} = {value!r}{nearest(key, known)}; allowed keys: {known}"

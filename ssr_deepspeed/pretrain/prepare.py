@@ -15,6 +15,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -50,8 +51,6 @@ from ssr_deepspeed.pretrain.tokenizer import Encoder, byte_encoder, tokenizer_ha
 
 _BATCH = 2**20
 """Bytes of text that a process tokenises at a time. A BPE's encodings take a hundred times that."""
-_STOPPED = -1
-"""In place of the bytes done: the pool's processes end at their next batch."""
 
 
 def prepare(
@@ -143,7 +142,8 @@ def _write(config: DataConfig, folder: Path, workers: int, shard_tokens: int) ->
     )
     if describe(config) != recorded:
         raise ValueError(f"data.source = {config.source!r} changed while it was prepared: start again")
-    shutil.rmtree(folder / "copy", ignore_errors=True)
+    for name in ("copy", "plan"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     write_index(folder, index)
 
 
@@ -221,43 +221,47 @@ def _tokenise(tokeniser: _Tokeniser, jobs: list[_Job], total: int, workers: int)
             return [tokeniser.write(job, bar.update) for job in jobs]
         # Not forked: a parent with threads (of torch, of the tokenizer, of an accelerator) must not be.
         context = multiprocessing.get_context("spawn")
-        done = context.Value("q", 0)
-        pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (tokeniser, done))
+        # A number for each shard, and no lock that a killed process could keep. What is larger goes through
+        # files: a write into a pipe would wait for ever for a process that was killed before it read all.
+        done = context.RawArray("q", len(jobs))
+        plan = tokeniser.folder / "plan"
+        plan.mkdir()
+        for name, item in (("tokeniser", tokeniser), *enumerate(jobs)):
+            (plan / str(name)).write_bytes(pickle.dumps(item))
+        others = set(multiprocessing.active_children())
+        pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (plan, done))
         try:
-            pending = calls = [pool.submit(_write_shard, job) for job in jobs]
+            pending = calls = [pool.submit(_write_shard, number) for number in range(len(jobs))]
             while pending:
                 finished, rest = wait(pending, timeout=0.5)
                 pending = list(rest)
-                bar.update(done.value - bar.n)
+                bar.update(sum(done) - bar.n)
                 for call in finished:
                     call.result()
             return [call.result() for call in calls]
-        except BrokenProcessPool:  # the pool has ended the other processes
-            raise ValueError(
-                "a process that tokenises was killed, perhaps for want of memory: take fewer --workers"
-            ) from None
+        except BaseException as error:
+            # Also a process that was being started when another died, for which the pool would wait for ever.
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise ValueError(
+                    "a process that tokenises was killed, perhaps for want of memory: take fewer --workers"
+                ) from None
+            raise
         finally:
-            done.value = _STOPPED
             pool.shutdown(cancel_futures=True)
 
 
-_worker: tuple[_Tokeniser, Callable[[int], None]]
-"""Of a process of the pool: what writes its shards, and what counts the bytes of all processes."""
+_worker: tuple[_Tokeniser, Path, Any]
+"""Of a process of the pool: what writes shards, the folder of the plan, and the bytes done of each shard."""
 
 
-def _start(tokeniser: _Tokeniser, done: Any) -> None:
+def _start(plan: Path, done: Any) -> None:
     """Begin a process of the pool."""
     global _worker
+    _worker = pickle.loads((plan / "tokeniser").read_bytes()), plan, done
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
-
-    def advance(count: int) -> None:
-        with done.get_lock():
-            if done.value == _STOPPED:
-                raise RuntimeError("another process failed, or the command was interrupted")
-            done.value += count
-
-    _worker = tokeniser, advance
     # The pool's processes would outlive a killed parent.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -269,9 +273,13 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _write_shard(job: _Job) -> Shard:
-    tokeniser, advance = _worker
-    return tokeniser.write(job, advance)
+def _write_shard(number: int) -> Shard:
+    tokeniser, plan, done = _worker
+
+    def advance(count: int) -> None:
+        done[number] += count
+
+    return tokeniser.write(pickle.loads((plan / str(number)).read_bytes()), advance)
 
 
 @contextlib.contextmanager

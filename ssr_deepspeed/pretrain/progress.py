@@ -89,7 +89,8 @@ class Progress:
 
         Returns:
             Their mean over all ranks, which is the same on every rank, and the record. Times are this rank's but
-            for the wait for data and the memory, of the rank that has most of each, and the gates' share, a mean.
+            for the wait for data and the memory, of the rank that has most of each, and the gates' share, a mean. Where
+            ranks meet within a gate, the wait for the slowest counts there.
         """
         share = self._gates.stop()
         own = [self._waited, get_accelerator().max_memory_allocated(), share or 0.0]

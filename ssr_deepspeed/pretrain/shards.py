@@ -93,9 +93,9 @@ def read_index(folder: Path) -> Index:
         stored = facts.pop("fingerprint")
         parts = {name: [Shard(**shard) for shard in facts[name]] for name in ("training", "heldout")}
         index = Index(**{**facts, **parts})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"there is no prepared text in {folder}: make it with ssr-prepare --output {folder}") from None
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is no index of prepared text ({error!r}): {_again(folder)}") from None
     if index.fingerprint != stored:
         raise ValueError(f"{file} says fingerprint {stored}, its entries make {index.fingerprint}: {_again(folder)}")

@@ -26,7 +26,7 @@ from ssr_deepspeed.monitor.report import write_report
 from ssr_deepspeed.monitor.sinks import JsonLines, read_json_lines
 from ssr_deepspeed.pretrain import data
 from ssr_deepspeed.pretrain.checkpoint import Checkpoints, NotSavedError
-from ssr_deepspeed.pretrain.config import DataConfig, ModelConfig, RunConfig
+from ssr_deepspeed.pretrain.config import DataConfig, RunConfig
 from ssr_deepspeed.pretrain.deepspeed_json import check_batch
 from ssr_deepspeed.pretrain.evaluate import evaluate
 from ssr_deepspeed.pretrain.folder import Existing, begin, claim
@@ -34,6 +34,7 @@ from ssr_deepspeed.pretrain.manifest import Manifest, choose
 from ssr_deepspeed.pretrain.model import MoELanguageModel
 from ssr_deepspeed.pretrain.prepare import prepare
 from ssr_deepspeed.pretrain.progress import Progress
+from ssr_deepspeed.pretrain.ranks import check_layout
 from ssr_deepspeed.pretrain.signals import Agreement, Stopped, say
 
 
@@ -66,7 +67,8 @@ class Run:
     ) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.folder, self.compare, self.moved = folder, compare, moved
-        _check_layout(config.model, self.ranks)
+        config.check_ranks(self.ranks)
+        check_layout(config.model, self.ranks)
         check_batch(config.deepspeed, self.ranks)
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         prepared = _together(lambda: prepare(config.data), here=local_rank == 0)
@@ -289,14 +291,6 @@ def _check_start(start: Manifest, ranks: int, ep_size: int, existing: Existing) 
             f"the checkpoint {start.tag} was written by {start.ranks} ranks with model.ep_size = {start.ep_size}; this "
             f"run has {ranks} and {ep_size}: resume as it was, or with `--resume weights`, which begins the "
             "optimizer's moments anew"
-        )
-
-
-def _check_layout(model: ModelConfig, ranks: int) -> None:
-    if ranks % model.ep_size:
-        raise ValueError(
-            f"model.ep_size = {model.ep_size} does not divide the {ranks} ranks of this run: "
-            f"launch a multiple of {model.ep_size} processes or set model.ep_size"
         )
 
 

@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import shutil
 from datetime import timedelta
@@ -89,13 +91,6 @@ def test_stopped_at_any_step_it_goes_on_bit_for_bit(cache, tmp_path, name, chang
     assert_equal_runs(tmp_path / "run", tmp_path / "whole")
 
 
-def _run_heard(config, folder):
-    said = []
-    train.say = said.append
-    _run(config, folder, "resume")
-    return said
-
-
 def spoil(file, how):
     content = bytearray(file.read_bytes())
     if how == "truncated":
@@ -107,6 +102,13 @@ def spoil(file, how):
         file.write_bytes(b"")
     else:
         file.unlink()
+
+
+def _heard(*arguments):
+    """What a rank says while it runs."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        _run(*arguments)
+    return said.getvalue()
 
 
 @pytest.mark.slow
@@ -125,10 +127,8 @@ def test_a_damaged_newest_checkpoint_is_set_aside_for_the_one_before(cache, tmp_
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     spoil(next((folder / "checkpoints" / "step_6").glob(name)), how)
-    first, second = run_ranks(2, _run_heard, settings_of(cache), str(folder), folder=tmp_path)
-    assert first == second
-    assert "step_6 is damaged (" in first[0]
-    assert first[0].endswith("going on from the one before, of step 4")
+    said = "".join(run_ranks(2, _heard, settings_of(cache), str(folder), "resume", folder=tmp_path))
+    assert said.count("step_6 is damaged (") == said.count("going on from the one before, of step 4") == 2
     assert_equal_runs(folder, whole)
     names = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
     assert names == ["step_4", "step_6", "step_6.damaged"]

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 def launch(*arguments):
     environment = {**os.environ, "RANKS": "2"}
-    command = [str(ROOT / "launch" / "pretrain.sh"), *arguments]
+    command = [str(ROOT / "launch" / "pretrain.sh"), "--no-preflight", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 

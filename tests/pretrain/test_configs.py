@@ -136,6 +136,9 @@ def test_a_model_trains_under_every_deepspeed_file(file, cache, tmp_path):
         ("zero_optimization.stage=3", r"deepspeed.zero_optimization.stage = 3; allowed: 0, 1, 2"),
         ("zero_optimization.stage=7", r"deepspeed.zero_optimization.stage = 7: Input should be"),
         ("optimizer.parms={}", r"deepspeed.optimizer.parms = {}; did you mean 'params'"),
+        ("optimizer.type=AdamX", r"deepspeed.optimizer.type = 'AdamX'; allowed: .*; did you mean 'adam"),
+        ("optimizer={}", r"deepspeed.optimizer = {} lacks a type: DeepSpeed would ignore it"),
+        ('scheduler={"params": {}}', r"deepspeed.scheduler = {'params': {}} lacks a type"),
         ("optimizer.params.rate=1", r"unknown key deepspeed.optimizer.params.rate = 1; .*'lr'"),
         ("scheduler.type=WarmUpLR", r"scheduler.type = 'WarmUpLR'; allowed: .* did you mean 'WarmupLR'"),
         ("scheduler.params.warmup_steps=1", r"warmup_steps = 1; did you mean 'warmup_num_steps'"),
@@ -147,6 +150,34 @@ def test_a_model_trains_under_every_deepspeed_file(file, cache, tmp_path):
 def test_what_deepspeed_would_ignore_or_refuse_late_is_refused_at_once(override, words):
     with pytest.raises(ValueError, match=words):
         load_run("tiny_cpu", [f"deepspeed.{override}"])
+
+
+def test_what_deepspeed_knows_is_accepted():
+    """Keys of its documentation, in every section that is read by name and in some that are not."""
+    check_deepspeed(
+        {
+            **tiny_run("cache").deepspeed,
+            "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}, "legacy_fusion": False},
+            "scheduler": {"type": "CosineAnnealingLR", "params": {"T_max": 10}},
+            "checkpoint": {
+                "tag_validation": "Warn",
+                "load_universal": False,
+                "use_node_local_storage": False,
+                "parallel_write": {"pipeline_stage": False},
+            },
+            "flops_profiler": {"enabled": False, "profile_step": 1, "module_depth": -1, "top_modules": 1},
+            "activation_checkpointing": {"number_checkpoints": 4, "synchronize_checkpoint_boundary": False},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "tensorboard": {"enabled": False, "output_path": "logs"},
+            "comms_logger": {"enabled": False},
+            "aio": {"block_size": 2**20},
+            "fp16": {"enabled": False, "loss_scale": 0},
+            **dict.fromkeys(("wall_clock_breakdown", "prescale_gradients", "dump_state", "memory_breakdown"), False),
+            **dict.fromkeys(("steps_per_print", "gradient_predivide_factor"), 10),
+            "communication_data_type": "fp32",
+            "seq_parallel_communication_data_type": "fp32",
+        }
+    )
 
 
 def test_two_precisions_at_once_are_refused():

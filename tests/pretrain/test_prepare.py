@@ -147,6 +147,7 @@ def truncate(file):
         (lambda folder: edit_index(folder, dtype="uint32"), {}, "its entries make"),
         (lambda folder: (folder / "index.json").write_text("{"), {}, "is no index of prepared text"),
         (lambda folder: edit_index(folder, training=3), {}, "is no index of prepared text"),
+        (lambda folder: (folder / "index.json").write_bytes(b"\xff"), {}, "is no index of prepared text"),
         (shutil.rmtree, {}, "there is no prepared text in .*ssr-prepare --output"),
         (lambda folder: write_lines(folder.parent / "text" / "a.jsonl", 201), {}, "prepare another folder"),
     ],
@@ -322,10 +323,22 @@ def write_speeches(file, megabytes):
             number += 1
 
 
-def start_command(source, output, *options):
-    command = [sys.executable, "-m", "ssr_deepspeed.pretrain.prepare", "--config", "tiny_cpu", "--workers", "2"]
-    command += ["--set", f"data.source={source}", "--output", str(output), *options]
-    return psutil.Popen(command, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start():
+    """Start the command with two processes; it ends with the test."""
+    started = []
+
+    def start_command(source, output, *options):
+        command = [sys.executable, "-m", "ssr_deepspeed.pretrain.prepare", "--config", "tiny_cpu", "--workers", "2"]
+        command += ["--set", f"data.source={source}", "--output", str(output), *options]
+        started.append(psutil.Popen(command, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start_command
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait(30)
 
 
 def kill_at_first_shard(process, folder, victim):
@@ -343,28 +356,29 @@ SLOW = ["--set", "data.tokenizer=bpe", "--set", "data.tokenizer_sample=1000000",
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_it_leaves_no_process_behind(tmp_path):
-    write_speeches(tmp_path / "text.jsonl", 40)
-    process = start_command(tmp_path / "text.jsonl", tmp_path / "prepared", *SLOW)
+def test_killed_in_the_middle_it_leaves_no_process_behind(start, tmp_path):
+    write_speeches(tmp_path / "text.jsonl", 12)
+    process = start(tmp_path / "text.jsonl", tmp_path / "prepared", *SLOW)
     children = kill_at_first_shard(process, tmp_path, lambda process, children: process)
     gone, alive = psutil.wait_procs(children, timeout=30)
     assert len(gone) >= 2
     assert not alive
     assert not (tmp_path / "prepared").exists()
-    assert start_command(tmp_path / "text.jsonl", tmp_path / "prepared", *SLOW).wait(300) == 0
+    assert start(tmp_path / "text.jsonl", tmp_path / "prepared", *SLOW).wait(300) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prepared", "text.jsonl"]
 
 
 @pytest.mark.slow
-def test_a_killed_worker_ends_the_command_with_a_sentence(tmp_path):
-    write_speeches(tmp_path / "text.jsonl", 40)
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_killed_worker_ends_the_command_with_a_sentence(start, tmp_path, which):
+    write_speeches(tmp_path / "text.jsonl", 12)
 
     def worker(process, children):
-        return next(child for child in children if "spawn_main" in " ".join(child.cmdline()))
+        return [child for child in children if "spawn_main" in " ".join(child.cmdline())][which]
 
-    process = start_command(tmp_path / "text.jsonl", tmp_path / "prepared", *SLOW)
+    process = start(tmp_path / "text.jsonl", tmp_path / "prepared", *SLOW)
     kill_at_first_shard(process, tmp_path, worker)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert errors.splitlines()[-1].startswith("ssr-prepare: a process that tokenises was killed")
     assert [path.name for path in tmp_path.iterdir()] == ["text.jsonl"]
@@ -388,10 +402,10 @@ def peak_of_tree(process):
 
 
 @pytest.mark.slow
-def test_more_text_takes_no_more_memory(tmp_path):
+def test_more_text_takes_no_more_memory(start, tmp_path):
     """All of the larger text in one process would be 100 MB as a string and twice that as tokens."""
     peaks = []
     for megabytes in (20, 120):
         write_speeches(tmp_path / "text.jsonl", megabytes)
-        peaks.append(peak_of_tree(start_command(tmp_path / "text.jsonl", tmp_path / f"prepared_{megabytes}")))
+        peaks.append(peak_of_tree(start(tmp_path / "text.jsonl", tmp_path / f"prepared_{megabytes}")))
     assert peaks[1] - peaks[0] < 80e6, peaks

@@ -129,6 +129,7 @@ def test_a_run_that_cannot_start_says_why_on_every_rank(cache, tmp_path):
         assert both[0][1] == both[1][1]
         return both[0][1]
 
+    assert "ranks = 4, but 2 started" in messages(tiny_run(cache, ranks=4), "a")
     assert "ep_size = 4 does not divide the 2 ranks" in messages(tiny_run(cache, model={"ep_size": 4}), "a")
     assert "no such file" in messages(tiny_run(cache, data={"source": "/nowhere.txt"}), "b")
     (tmp_path / "c").mkdir()

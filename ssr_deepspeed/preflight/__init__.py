@@ -1,0 +1,1 @@
+"""What must hold on every rank before a long run begins, checked by the command `ssr-preflight`."""

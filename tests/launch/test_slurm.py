@@ -1,0 +1,238 @@
+"""launch/slurm.sbatch: with programs that note what they are asked for, and under a real Slurm of two nodes."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.launch.hosts import NEEDS_NETWORKS, NETWORK, TwoHosts
+from tests.launch.runs import ROOT, arguments, environment, latest, losses, wait_for
+
+SCRIPT = ROOT / "launch" / "slurm.sbatch"
+JOB = {
+    "SLURM_JOB_ID": "5003",
+    "SLURM_JOB_NODELIST": "box[0-1]",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_NTASKS": "2",
+    "SLURM_CPUS_PER_TASK": "16",
+    "SLURM_SUBMIT_DIR": str(ROOT),
+}
+ASKED = ["--config", "tiny_cpu", "--output", "runs/a b"]
+
+SCONTROL = """#!/usr/bin/env bash
+echo "scontrol $*" >>"$NOTES"
+case $2 in
+  hostnames) printf '%s\\n' ${HOSTS:-box0 box1} ;;
+  job) echo "JobId=$3 Requeue=${REQUEUE:-1} Restarts=0" ;;
+esac
+"""
+SRUN = """#!/usr/bin/env bash
+printf '%s\\0' "$@" >"$NOTES.srun"
+trap 'echo passed >>"$NOTES"; exit ${STATUS:-75}' USR1
+[[ -n ${STATUS:-} && -z ${HOLD:-} ]] && exit "$STATUS"
+touch "$NOTES.ready"
+while :; do sleep 0.05; done
+"""
+
+
+@pytest.fixture
+def batch(tmp_path):
+    """Starts the batch script as Slurm would, between programs of our own."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+
+    def start(**variables):
+        path = f"{programs}:{os.environ['PATH']}"
+        job = environment(**{**JOB, "PATH": path, "NOTES": str(tmp_path / "notes"), **variables})
+        return subprocess.Popen(
+            ["bash", SCRIPT, *ASKED], env=job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    return start
+
+
+def requeued(tmp_path):
+    return "scontrol requeue 5003" in (tmp_path / "notes").read_text().splitlines()
+
+
+def test_it_starts_the_wrapper_once_on_each_node(batch, tmp_path):
+    process = batch(STATUS="0", SLURM_RESTART_COUNT="2")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    words = (tmp_path / "notes.srun").read_text().split("\0")[:-1]
+    assert words[:5] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=16", "--kill-on-bad-exit=1"]
+    # What a task of srun does, made to print its commands.
+    for node in ("0", "1"):
+        task = subprocess.run(
+            [*words[5:], "--dry-run"], env=environment(SLURM_NODEID=node), capture_output=True, text=True, check=True
+        )
+        preflight, training = task.stdout.splitlines()
+        assert "--rdzv-endpoint box0:20007 --rdzv-id 5003.2-preflight" in preflight
+        assert "--rdzv-endpoint box0:20006 --rdzv-id 5003.2-0" in training
+        assert "--nnodes 2 --nproc-per-node gpu" in training
+        assert f"--log-dir logs/5003/node_{node} --tee 3" in training
+        assert training.endswith(r"ssr_deepspeed.pretrain --config tiny_cpu --output runs/a\ b --resume ")
+    assert not requeued(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"HOSTS": "box0"}, "Slurm gave 2 nodes, and scontrol names 1 of them"),
+        ({"SLURM_NTASKS": "16"}, "SLURM_NTASKS = 16; allowed: 2, one task for each node"),
+        ({"SLURM_SUBMIT_DIR": "/nowhere"}, "call sbatch from the checkout, or set SSR_ROOT"),
+        ({"SLURM_JOB_ID": ""}, "start it with sbatch"),
+    ],
+)
+def test_it_never_starts_on_fewer_nodes_or_otherwise_than_meant(variables, words, batch, tmp_path):
+    process = batch(**variables)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert words in errors
+    assert not (tmp_path / "notes.srun").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "again"), [("75", True), ("1", False), ("69", False), ("74", False), ("130", False)]
+)
+def test_only_a_run_that_was_stopped_and_saved_is_queued_again(status, again, batch, tmp_path):
+    process = batch(STATUS=status)
+    process.communicate(timeout=60)
+    assert process.returncode == (0 if again else int(status))
+    assert requeued(tmp_path) == again
+
+
+@pytest.mark.parametrize("status", ["75", "137"])
+def test_the_warning_before_the_limit_is_passed_on_and_the_job_queued_again(status, batch, tmp_path):
+    """137: srun has ended a task that was later than the others."""
+    process = batch(STATUS=status, HOLD="1")
+    wait_for((tmp_path / "notes.ready").exists, 30, process.poll)
+    process.send_signal(signal.SIGUSR1)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "passed" in (tmp_path / "notes").read_text().splitlines()
+    assert requeued(tmp_path)
+    assert "queueing job 5003 again" in output
+
+
+def test_where_the_job_may_not_be_queued_again_its_status_says_so(batch, tmp_path):
+    process = batch(STATUS="75", REQUEUE="0")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert not requeued(tmp_path)
+    assert "submit it again" in output
+
+
+CONF = """
+ClusterName=two
+SlurmctldHost=box0({network}.1)
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.sock
+CredType=cred/munge
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SlurmdParameters=config_overrides
+GresTypes=gpu
+NodeName=box0 NodeHostname=box0 NodeAddr={network}.1 CPUs=64 RealMemory=1000 Gres=gpu:8
+NodeName=box1 NodeHostname=box1 NodeAddr={network}.2 CPUs=64 RealMemory=1000 Gres=gpu:8
+PartitionName=all Nodes=box[0-1] Default=YES MaxTime=INFINITE State=UP
+"""
+DAEMONS = {
+    name: shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in ("munged", "slurmctld", "slurmd")
+}
+
+
+class Cluster:
+    """A Slurm of two nodes, each in a network namespace, with GPUs that are empty files."""
+
+    def __init__(self, folder, hosts):
+        self.folder, self.hosts = folder, hosts
+        for name in ("state", "box0", "box1"):
+            (folder / name).mkdir()
+        for number in range(8):
+            (folder / f"gpu{number}").touch()
+        (folder / "slurm.conf").write_text(CONF.format(folder=folder, network=NETWORK))
+        (folder / "gres.conf").write_text(f"NodeName=box[0-1] Name=gpu File={folder}/gpu[0-7]\n")
+        (folder / "munge.key").write_bytes(os.urandom(1024))
+        (folder / "munge.key").chmod(0o600)
+        files = [f"--{kind}-file={folder}/munge.{kind}" for kind in ("key", "pid", "log", "seed")]
+        self.start(
+            0, DAEMONS["munged"], "--foreground", "--force", f"--socket={folder}/munge.sock", *files, log="munged"
+        )
+        wait_for((folder / "munge.sock").exists, 30, lambda: self.said("munged"))
+        self.start(0, DAEMONS["slurmctld"], "-D", log="slurmctld")
+        for k in (0, 1):
+            self.start(k, DAEMONS["slurmd"], "-D", "-N", f"box{k}", log=f"slurmd{k}")
+        wait_for(lambda: "idle " in self.ask("sinfo"), 60, lambda: self.ask("sinfo") + self.said("slurmd0"))
+
+    def start(self, k, *command, log):
+        variables = {"SLURM_CONF": str(self.folder / "slurm.conf"), "RANKS": "1", "SSR_LOGS": str(self.folder / "logs")}
+        return self.hosts.start(k, *command, log=self.folder / f"{log}.log", **variables)
+
+    def said(self, log):
+        file = self.folder / f"{log}.log"
+        return file.read_text()[-3000:] if file.exists() else ""
+
+    def ask(self, *command):
+        """What a Slurm command answers on the first host."""
+        self.start(0, *command, log="answer").wait(timeout=60)
+        return self.said("answer")
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    missing = [name for name, path in DAEMONS.items() if not path]
+    if missing:
+        pytest.skip(f"a Slurm of two nodes needs {', '.join(missing)}")
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    hosts = TwoHosts(f"slm{os.getpid()}_", folder)
+    try:
+        yield Cluster(folder, hosts)
+    finally:
+        hosts.close()
+
+
+@pytest.mark.slow
+@NEEDS_NETWORKS
+def test_a_real_slurm_trains_on_two_nodes_and_goes_on_after_a_requeue(cluster, cache, tmp_path):
+    """The signal is the one that Slurm sends before the time limit; no step is missing or recorded twice."""
+    run, log = tmp_path / "run", tmp_path / "job.log"
+    options = ["--cpus-per-task=1", "--time=10", f"--output={log}"]
+    answer = cluster.ask("sbatch", *options, SCRIPT, "--no-preflight", *arguments(cache, run, 200))
+    job = re.search(r"Submitted batch job (\d+)", answer)[1]
+
+    def said():
+        return (log.read_text()[-3000:] if log.exists() else "") + cluster.ask("squeue") + cluster.said("slurmctld")
+
+    wait_for(lambda: latest(run) >= 20, 200, said)
+    cluster.ask("scancel", "--batch", "--signal=USR1", job)
+    wait_for(lambda: "queueing job" in log.read_text(), 120, said)
+    # Slurm begins a job again two minutes after it was queued again, unless told otherwise.
+    deadline = time.monotonic() + 240
+    while not re.search(r"resuming .* after step [1-9]", log.read_text()):
+        assert time.monotonic() < deadline, said()
+        cluster.ask("scontrol", "update", f"jobid={job}", "StartTime=now")
+        time.sleep(2)
+    wait_for(lambda: "JobState=COMPLETED" in cluster.ask("scontrol", "show", "job", job), 200, said)
+    assert list(losses(run)) == list(range(1, 201))
+    assert {path.name for path in (tmp_path / "slurm" / "logs" / job).iterdir()} == {"node_0", "node_1"}
