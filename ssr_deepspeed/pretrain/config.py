@@ -115,6 +115,9 @@ class RunConfig(Section):
     data: DataConfig
     deepspeed: dict[str, Any]
     """DeepSpeed's configuration, with the `"ssr"` block: batch sizes, optimizer, schedule, precision, ZeRO."""
+    ranks: int = 0
+    """Ranks that the run is meant for, an error if others start; 0: any number. A launcher that misses its hostfile
+    would train on one machine without a word."""
     steps: int
     """Optimizer steps."""
     log_every: int = 10
@@ -129,9 +132,6 @@ class RunConfig(Section):
     """Newest checkpoints kept."""
     seed: int = 0
     """Seed of the weights and of everything random in training."""
-    ranks: int = 0
-    """Ranks that the run is meant for, an error if others start; 0: any number. A launcher that misses its hostfile
-    would train on one machine without a word."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "keep_checkpoints"):
@@ -156,14 +156,6 @@ class RunConfig(Section):
             allowed = "above 0, such as 0.01" if weight == 0 else "0"
             raise ValueError(
                 f'model.auxiliary_loss = {weight}; allowed: {allowed}, for deepspeed.ssr.rule = "{ssr.rule}" {works}'
-            )
-
-    def check_ranks(self, started: int) -> None:
-        """Raises: ValueError, where another number of ranks has started than the run is meant for."""
-        if self.ranks not in (0, started):
-            raise ValueError(
-                f"ranks = {self.ranks}, but {started} started: see that every machine is there and the launcher finds "
-                "its hostfile, or set ranks"
             )
 
 
@@ -224,3 +216,12 @@ def _override(settings: dict[str, Any], override: str) -> None:
         if not isinstance(settings, dict):
             raise ValueError(f"--set {override!r}: {name} is not a section")
     settings[last] = value
+
+
+def check_ranks(meant: int, started: int) -> None:
+    """Raises: ValueError, where another number of ranks has started than the run is meant for (0: any)."""
+    if meant not in (0, started):
+        raise ValueError(
+            f"ranks = {meant}, but {started} started: see that every machine is there and the launcher finds its "
+            "hostfile, or set ranks"
+        )

@@ -24,7 +24,7 @@ from ssr_deepspeed.monitor.records import METRICS, RunLog
 from ssr_deepspeed.monitor.report import write_report
 from ssr_deepspeed.monitor.sinks import JsonLines, read_json_lines
 from ssr_deepspeed.pretrain import checkpoint, data
-from ssr_deepspeed.pretrain.config import ModelConfig, RunConfig
+from ssr_deepspeed.pretrain.config import ModelConfig, RunConfig, check_ranks
 from ssr_deepspeed.pretrain.evaluate import evaluate
 from ssr_deepspeed.pretrain.folder import Existing, claim
 from ssr_deepspeed.pretrain.model import MoELanguageModel
@@ -52,7 +52,7 @@ class Run:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.folder, self.compare = folder, compare
         self.config = _with_monitor(config, folder)
-        config.check_ranks(self.ranks)
+        check_ranks(config.ranks, self.ranks)
         _check_layout(config.model, self.ranks)
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         prepared = _together(lambda: data.prepare(config.data), here=local_rank == 0)
