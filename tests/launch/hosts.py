@@ -36,8 +36,6 @@ class TwoHosts:
                 self.close()
                 pytest.skip(f"network namespaces are not to be had: {made.stderr.strip()}")
             run_ip("-n", name, "link", "set", "lo", "up")
-            # TCP gives a dead connection up after half a minute here, not after a quarter of an hour.
-            run_ip("netns", "exec", name, "sh", "-c", "echo 6 >/proc/sys/net/ipv4/tcp_retries2")
         ends = [("eth0", "netns", name) for name in self.names]
         assert not run_ip("link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1]).returncode
         for k, name in enumerate(self.names):
