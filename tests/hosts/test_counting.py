@@ -19,7 +19,7 @@ from ssr_deepspeed.gate import HOST_HAS_SPARSE_ROUTES
 from ssr_deepspeed.monitor.records import RunLog
 from ssr_deepspeed.monitor.sinks import scalars
 from tests.gloo import run_ranks
-from tests.hosts.families import tiny_model
+from tests.hosts.families import skip_where_autoep_crashes, tiny_model
 from tests.toy import EXPERTS, WIDTH, ToyModel, build_engine
 
 MODES = {
@@ -196,6 +196,8 @@ def _every_host_in_every_mode(hosts):
 @pytest.mark.parametrize("hosts", [["TopKGate", "SSRGate"], list(HOSTS)[2:]], ids=["native", "token routers"])
 def test_every_training_route_is_counted_once_without_a_wait_and_reduced_once_a_window(tmp_path, hosts):
     """Under each kind of activation checkpointing, against the indices that routers returned without it."""
+    if "TopKGate" not in hosts:
+        skip_where_autoep_crashes("qwen3_moe")
     run_ranks(2, _every_host_in_every_mode, hosts, folder=tmp_path)
 
 
