@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -95,11 +96,18 @@ def _is_after(step: int, record: dict[str, Any]) -> bool:
 
 
 def keep_records(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the records that are not wanted, in one step; nothing happens where there is no file."""
+    """Drop the records that are not wanted, in one step; nothing happens where there is no file.
+
+    Lines that a killed writer or a full disk left half-written go too.
+    """
     if not path.exists():
         return
-    kept = filter(wanted, read_json_lines(path))
-    replace_text(path, "".join(map(_line, kept)))
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        with contextlib.suppress(json.JSONDecodeError):
+            if wanted(json.loads(line)):
+                kept.append(line)
+    replace_text(path, "".join(kept))
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         config = load_run(options.config, options.set)
     except ValueError as error:
-        sys.exit(f"ssr-pretrain: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        # Once on each machine: its files may be others.
+        sys.exit(f"ssr-pretrain: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
     launched = "RANK" in os.environ
     if not launched:
         be_alone("ssr-pretrain")

@@ -28,6 +28,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from ssr_deepspeed.collectives import gather_objects
 from ssr_deepspeed.files import replace_text, sync_folder
 from ssr_deepspeed.pretrain.manifest import LATEST, PARTIAL, Manifest, by_step, tag
+from ssr_deepspeed.pretrain.signals import say
 
 
 class NotSavedError(RuntimeError):
@@ -61,13 +62,14 @@ class Checkpoints:
         # It copies scripts beside the checkpoints, on rank 0 alone.
         engine._copy_recovery_script = self._writer.guarded(engine._copy_recovery_script)
 
-    def save(self, samples: int, losses: list[torch.Tensor], owes_evaluation: bool) -> str | None:
+    def save(self, samples: int, seconds: float, losses: list[torch.Tensor], owes_evaluation: bool) -> str | None:
         """Write a checkpoint of the current step.
 
         A write that fails, on any rank, leaves the earlier checkpoints as they were. No rank waits for one that failed.
 
         Args:
             samples: sequences consumed so far.
+            seconds: of training so far.
             losses: of this rank's micro-batches since the last record, scalars.
             owes_evaluation: the step's evaluation is still to be done.
 
@@ -88,6 +90,7 @@ class Checkpoints:
             manifest = Manifest(
                 step=step,
                 samples=samples,
+                seconds=round(seconds, 3),
                 ranks=dist.get_world_size(),
                 ep_size=self.ep_size,
                 owes_evaluation=owes_evaluation,
@@ -112,8 +115,14 @@ class Checkpoints:
         if target.exists():
             _remove(target)
         partial.rename(target)
+        # From here on it is a checkpoint, whatever else fails.
+        problem = _problem_of(lambda: self._tidy(target))
+        if problem:
+            say(f"WARNING: the checkpoint of step {manifest.step} is whole, but beside it: {problem}")
+
+    def _tidy(self, target: Path) -> None:
         sync_folder(self.folder)
-        replace_text(self.folder / LATEST, manifest.tag, durable=True)
+        replace_text(self.folder / LATEST, target.name, durable=True)
         for old in by_step(self.folder)[: -self.keep]:
             if old != target:
                 _remove(old)
@@ -229,7 +238,7 @@ def _problem_of(work: Callable[[], None]) -> str | None:
 
 def _remove(folder: Path) -> None:
     """Remove a checkpoint; what a kill leaves of it is not taken for one."""
-    doomed = folder.with_name(folder.name + PARTIAL)
+    doomed = folder.with_name(f"{folder.name}.old{PARTIAL}")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)

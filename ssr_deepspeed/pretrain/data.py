@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -147,4 +148,7 @@ def heldout_batches(
 def _loader(sequences: Sequences, **options: Any) -> DataLoader:
     # With a generator of its own, a loader draws nothing from the global random state, which a
     # resumed run must find as the uninterrupted one does.
-    return DataLoader(sequences, generator=torch.Generator(), worker_init_fn=outlive_signals, **options)
+    pinned = get_accelerator().device_name() != "cpu"  # copied to the device without waiting for it
+    return DataLoader(
+        sequences, generator=torch.Generator(), worker_init_fn=outlive_signals, pin_memory=pinned, **options
+    )

@@ -20,6 +20,7 @@ _PEAKS = {
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H200": 989e12,
+    "H200 NVL": 835e12,
     "L4": 121e12,
     "L40S": 362e12,
     "MI300X": 1307e12,
@@ -37,6 +38,8 @@ def peak_flops() -> float | None:
 def peak_of(device: str) -> float | None:
     """The same of a device by its name, such as `"NVIDIA A100-SXM4-80GB"`."""
     words = re.split(r"[\s-]+", device)
+    if "MIG" in words:  # a part of the device
+        return None
     known = [name for name in _PEAKS if set(name.split()) <= set(words)]
     return _PEAKS[max(known, key=len)] if known else None
 

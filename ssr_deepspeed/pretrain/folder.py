@@ -17,6 +17,7 @@ from ssr_deepspeed.monitor.records import METRICS
 from ssr_deepspeed.monitor.sinks import keep_records
 from ssr_deepspeed.pretrain.checkpoint import remove_partial
 from ssr_deepspeed.pretrain.manifest import Manifest, by_step, set_aside
+from ssr_deepspeed.pretrain.signals import say
 
 Existing = Literal["refuse", "resume", "weights", "overwrite"]
 
@@ -39,6 +40,10 @@ def claim(folder: Path, settings: dict[str, Any], existing: Existing) -> TextIO:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another process is still writing to {folder}: wait for it or end it") from None
+    except OSError as error:
+        say(
+            f"WARNING: {folder} is on a file system without locks ({error.strerror}): see that no other run writes there"
+        )
     if existing == "overwrite":
         _clear(folder)
     if (folder / METRICS).exists() or by_step(folder / "checkpoints"):
@@ -96,5 +101,6 @@ def _clear(folder: Path) -> None:
     if not (folder / "config.json").exists():
         return
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for name in ("config.json", METRICS, "report.html", "loss.png", "load.png"):
+    # Last what tells that a run was here: killed before, this begins anew.
+    for name in (METRICS, "report.html", "loss.png", "load.png", "config.json"):
         (folder / name).unlink(missing_ok=True)

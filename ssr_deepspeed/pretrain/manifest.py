@@ -35,6 +35,8 @@ class Manifest(Section):
     """Optimizer steps taken."""
     samples: int
     """Sequences consumed by all ranks together: the position in the data."""
+    seconds: float
+    """Of training so far."""
     ranks: int
     """Processes that wrote it."""
     ep_size: int

@@ -52,7 +52,7 @@ class Progress:
         self._timing, self._memory = False, 0.0
         self._steps_at_record, self._paused, self._waited = first_step, 0.0, 0.0
         self._began = time.monotonic()
-        self._elapsed = elapsed
+        self._elapsed = self.seconds = elapsed
         # tqdm hides the bar by itself where there is no terminal.
         self._bar = tqdm(total=config.steps, initial=first_step, unit="step", disable=None if self.rank == 0 else True)
 
@@ -72,6 +72,7 @@ class Progress:
 
     def advance(self) -> None:
         self.step += 1
+        self.seconds = self._elapsed + time.monotonic() - self._began - self._paused
         self.tokens += self.tokens_per_step
         self._bar.update()
 

@@ -103,7 +103,7 @@ class Signals:
         before, self._when[number] = self._when[number], time.monotonic()
         if before and self._when[number] - before > _SAME:
             say(f"{number.name} again: ending at once")
-            os._exit(128 + number)
+            leave(128 + number)
         if not self._armed:
             say(f"{number.name} before training has begun: ending, there is nothing to save")
             leave(exit_code(number))
@@ -173,6 +173,12 @@ def tell_launcher(code: int) -> None:
             replace_text(Path(path), f"{code}\n")
         except OSError as error:
             say(f"cannot write SSR_EXIT_FILE = {path}: {error}")
+
+
+def say_once(sentence: str) -> None:
+    """One line for what all ranks know alike."""
+    if dist.get_rank() == 0:
+        say(sentence)
 
 
 def say(sentence: str) -> None:

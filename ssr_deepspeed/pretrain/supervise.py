@@ -15,7 +15,17 @@ from deepspeed.accelerator import get_accelerator
 from ssr_deepspeed.pretrain.checkpoint import NotSavedError
 from ssr_deepspeed.pretrain.config import RunConfig
 from ssr_deepspeed.pretrain.folder import Existing
-from ssr_deepspeed.pretrain.signals import LOST, NOT_SAVED, Signals, Stopped, exit_code, leave, say, tell_launcher
+from ssr_deepspeed.pretrain.signals import (
+    LOST,
+    NOT_SAVED,
+    Signals,
+    Stopped,
+    exit_code,
+    leave,
+    say,
+    say_once,
+    tell_launcher,
+)
 from ssr_deepspeed.pretrain.train import Run
 from ssr_deepspeed.pretrain.watch import Watch
 
@@ -48,10 +58,10 @@ def supervise(
         watch.moved("at the end")
         dist.barrier()  # the ranks leave together: all have saved, and rank 0 has written the report
     except Exception:
+        traceback.print_exc()
         missing = watch.missing()
         if missing is None:
-            raise
-        traceback.print_exc()
+            leave(1)  # not by `raise`: at the interpreter's end loader processes, which outlive signals, are waited for
         say(f"{missing}. Start again with --resume")
         leave(LOST)
     watch.close()
@@ -73,6 +83,6 @@ def _train(run: Run, watch: Watch) -> int:
             print(f"ssr-pretrain: {stopped}", flush=True)
         return exit_code(stopped.number)
     except NotSavedError as error:
-        say(str(error))
+        say_once(str(error))
         return NOT_SAVED
     return 0

@@ -23,7 +23,7 @@ from ssr_deepspeed.collectives import gather_objects
 from ssr_deepspeed.hosts.engine import initialize
 from ssr_deepspeed.monitor.records import METRICS, RunLog
 from ssr_deepspeed.monitor.report import write_report
-from ssr_deepspeed.monitor.sinks import JsonLines, read_json_lines
+from ssr_deepspeed.monitor.sinks import JsonLines
 from ssr_deepspeed.pretrain import data
 from ssr_deepspeed.pretrain.checkpoint import Checkpoints, NotSavedError
 from ssr_deepspeed.pretrain.config import DataConfig, RunConfig
@@ -35,7 +35,7 @@ from ssr_deepspeed.pretrain.model import MoELanguageModel
 from ssr_deepspeed.pretrain.prepare import prepare
 from ssr_deepspeed.pretrain.progress import Progress
 from ssr_deepspeed.pretrain.ranks import check_layout
-from ssr_deepspeed.pretrain.signals import Agreement, Stopped, say
+from ssr_deepspeed.pretrain.signals import Agreement, Stopped, say, say_once
 
 
 class Run:
@@ -85,11 +85,13 @@ class Run:
             self.engine, folder / "checkpoints", config.keep_checkpoints, config.model.ep_size
         )
         self.stop = Agreement(asked, config.collective_timeout)
-        self.first_step, self.samples, self.owes_evaluation, self._stopped_by = 0, 0, False, 0
+        self.first_step, self.samples, self.seconds = 0, 0, 0.0
+        self.owes_evaluation, self._stopped_by = False, 0
         self.losses: list[torch.Tensor] = []
         """Of this rank's micro-batches since the last record."""
         if start:
-            self.first_step, self.samples, self.owes_evaluation = start.step, start.samples, start.owes_evaluation
+            self.first_step, self.samples, self.seconds = start.step, start.samples, start.seconds
+            self.owes_evaluation = start.owes_evaluation
             self.losses = self.checkpoints.load(start)
         self.sink = JsonLines(folder / METRICS) if self.rank == 0 else None
 
@@ -115,7 +117,7 @@ class Run:
             _check_start(start, self.ranks, self.config.model.ep_size, existing)
         _together(lambda: begin(self.folder, settings, start), here=self.rank == 0)
         for damage in damages:
-            say(f"{damage}: going on from the one before, of step {start.step if start else 0}")
+            say_once(f"{damage}: going on from the one before, of step {start.step if start else 0}")
         if existing in ("resume", "weights") and self.rank == 0:
             step = start.step if start else 0
             print(f"resuming {self.folder} after step {step} of {self.config.steps}", flush=True)
@@ -139,8 +141,8 @@ class Run:
             rank=self.rank,
             ranks=self.ranks,
         )
-        progress = Progress(
-            engine, config, self.corpus.vocabulary, self.first_step, self.samples, self._seconds_so_far()
+        progress = self.progress = Progress(
+            engine, config, self.corpus.vocabulary, self.first_step, self.samples, self.seconds
         )
         engine.train()
         if self.owes_evaluation:
@@ -152,7 +154,8 @@ class Run:
             self.stop.ask()
             for _ in range(accumulation):
                 tokens_BL, labels_BL, _ = progress.fetch(batches)
-                output = engine(tokens_BL.to(engine.device), labels_BL.to(engine.device))
+                tokens_BL = tokens_BL.to(engine.device, non_blocking=True)
+                output = engine(tokens_BL, labels_BL.to(engine.device, non_blocking=True))
                 engine.backward(output.loss)
                 engine.step()
                 self.losses.append(output.loss.detach())
@@ -199,11 +202,11 @@ class Run:
 
     def _save(self, must: bool) -> None:
         self.moved(f"saving step {self.engine.global_steps}")
-        problem = self.checkpoints.save(self.samples, self.losses, self.owes_evaluation)
+        problem = self.checkpoints.save(self.samples, self.progress.seconds, self.losses, self.owes_evaluation)
         if problem and must:
             raise NotSavedError(problem)
         if problem:
-            say(f"WARNING: {problem}. Training goes on; the next try is in {self.config.checkpoint_every} steps")
+            say_once(f"WARNING: {problem}. Training goes on; the next try is in {self.config.checkpoint_every} steps")
 
     def _evaluate_on_the_way(self) -> None:
         self.owes_evaluation = self._evaluate(self.config.eval_sequences) is None
@@ -240,13 +243,6 @@ class Run:
         self._stopped_by = self.stop.agreed()
         self.stop.ask()
         return bool(self._stopped_by)
-
-    def _seconds_so_far(self) -> float:
-        """Training time of the steps that a resumed run does not do again; only rank 0 knows it."""
-        if self.sink is None:
-            return 0.0
-        records = [record for record in read_json_lines(self.sink.path) if record["kind"] == "train"]
-        return records[-1]["seconds"] if records else 0.0
 
     def _record(self, record: dict[str, Any]) -> None:
         if self.sink:

@@ -34,6 +34,10 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def fail():
+    raise MemoryError("a fault")
+
+
 def freeze():
     os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -104,6 +108,8 @@ def inject(fault, step):
         before(checkpoint, "replace_text", die, lambda path, tag: tag == f"step_{step}")
     elif fault == "killed while writing":
         before(checkpoint._Writer, "_save", die, lambda writer, *_: engines[0].global_steps == step and writer.files)
+    elif fault == "raises":
+        before(*in_step, fail, at_step)
     elif fault == "frozen":
         before(*in_step, freeze, at_step)
     elif fault == "disk full":

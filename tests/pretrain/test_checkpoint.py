@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ssr_deepspeed.pretrain import checkpoint, train
+from ssr_deepspeed.pretrain.manifest import choose
 from ssr_deepspeed.pretrain.signals import Agreement, Stopped
 from tests.gloo import run_ranks
 from tests.pretrain.test_train import records, timeless
@@ -128,7 +129,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_for_the_one_before(cache, tmp_
     shutil.copytree(whole, folder)
     spoil(next((folder / "checkpoints" / "step_6").glob(name)), how)
     said = "".join(run_ranks(2, _heard, settings_of(cache), str(folder), "resume", folder=tmp_path))
-    assert said.count("step_6 is damaged (") == said.count("going on from the one before, of step 4") == 2
+    assert said.count("step_6 is damaged (") == said.count("going on from the one before, of step 4") == 1
     assert_equal_runs(folder, whole)
     names = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
     assert names == ["step_4", "step_6", "step_6.damaged"]
@@ -209,11 +210,11 @@ def _fail_to_write(config, folder, failing):
             raise OSError(28, "No space left on device", str(path))
 
         checkpoint._Writer._save = full
-    first = run.checkpoints.save(16, [torch.ones(())], False)
+    first = run.checkpoints.save(16, 1.0, [torch.ones(())], False)
     left = sorted(path.name for path in run.checkpoints.folder.iterdir())
     dist.barrier()
     checkpoint._Writer._save = writes
-    return first, left, run.checkpoints.save(16, [], False)
+    return first, left, run.checkpoints.save(16, 1.0, [], False)
 
 
 @pytest.mark.slow
@@ -228,12 +229,35 @@ def test_a_write_that_fails_on_one_rank_is_told_by_all_and_can_be_tried_again(ca
         assert json.loads((folder / "checkpoints/step_1/manifest.json").read_text())["checkpoint"]["samples"] == 16
 
 
+def _save_again(config, folder):
+    run = train.Run(config, Path(folder))
+    run.engine.global_steps = 1
+    said = [run.checkpoints.save(16, 1.0, [], False)]
+    replace = checkpoint.replace_text
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    checkpoint.replace_text = full
+    said.append(run.checkpoints.save(32, 1.0, [], False))
+    checkpoint.replace_text = replace
+    return said, choose(run.checkpoints.folder)
+
+
+@pytest.mark.slow
+def test_a_step_that_is_saved_again_is_there_even_where_latest_cannot_be_written(cache, tmp_path):
+    for said, (manifest, damages) in run_ranks(2, _save_again, tiny_run(cache), str(tmp_path / "run"), folder=tmp_path):
+        assert said == [None, None]
+        assert (manifest.step, manifest.samples, damages) == (1, 32, [])
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")) == ["step_1"]
+
+
 def _save_apart(config, folder):
     run = train.Run(config, Path(folder))
     run.engine.global_steps = 1
     if dist.get_rank() == 1:
         run.checkpoints.folder = run.checkpoints.folder.with_name("of_another_machine")
-    return run.checkpoints.save(16, [], False)
+    return run.checkpoints.save(16, 1.0, [], False)
 
 
 @pytest.mark.slow
