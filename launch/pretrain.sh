@@ -35,9 +35,10 @@ At will:
 
 An option that is not given is taken from the first of the variables beside it that is set.
 
-SIGTERM and SIGUSR1 let all ranks save the same step, also when only one machine gets them. Exit status: 0 trained to
-the end; 75 saved upon such a signal, 130 upon SIGINT, 74 not saved (disk full); 69 a rank was lost or stalled: all
-four go on with --resume. 1 another failure of a rank, of the preflight or to meet; 2 wrong options.
+SIGTERM, SIGUSR1 and SIGHUP let all ranks save the same step, also when only one machine gets them. Exit status: 0
+trained to the end; 75 saved upon such a signal, 130 upon SIGINT, or there was nothing to save yet; 74 not saved (disk
+full); 69 a rank was lost or stalled: all four go on with --resume. 1 another failure of a rank, of the preflight or to
+meet; 2 wrong options; 128 + N signal N ended it at once, as a second signal does.
 HELP
 }
 
@@ -154,7 +155,7 @@ torchrun_command() { # PORT_OFFSET ID_SUFFIX PATIENCE
   fi
   command+=(torchrun --nnodes "$nodes" --nproc-per-node "$ranks"
     # Its own would also start those anew that have saved and left; `train` does it.
-    --max-restarts 0 --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout 600)
+    --max-restarts 0 --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout "$shutdown_timeout")
   if ((nodes == 1)); then
     command+=(--standalone)
   else
@@ -190,16 +191,17 @@ training_command() { # ATTEMPT
 
 # What a restart does: the same run, from its last checkpoint.
 resumed_arguments() {
-  local argument after_resume=
+  local argument resume=--resume
   resumed=()
   for argument in "${arguments[@]}"; do
     case $argument in
-      --overwrite | --resume | --resume=*) ;;
-      *) [[ -n $after_resume && $argument != -* ]] || resumed+=("$argument") ;;
+      --overwrite) continue ;;
+      # `weights` too: there may be no checkpoint of the new layout yet, and from one of its own it is exact.
+      --resume | --resume=*) resume= ;;
     esac
-    after_resume=$([[ $argument != --resume ]] || echo yes)
+    resumed+=("$argument")
   done
-  resumed+=(--resume)
+  resumed+=(${resume:+"$resume"})
 }
 
 # The name of many machines is 127.0.1.1 to themselves, at which gloo would have the others look for them.
@@ -218,6 +220,7 @@ run() {
   set +m
   end_when_ranks_have &
   watcher=$!
+  disown "$watcher" # bash would tell of its end
   if [[ -n $stopped ]]; then
     kill -s "$stopped" "$child"
   fi
@@ -226,7 +229,7 @@ run() {
   done
   wait "$child" || status=$?
   child=
-  kill "$watcher" 2>/dev/null || true
+  kill -KILL "$watcher" 2>/dev/null || true
   return "$status"
 }
 
@@ -234,6 +237,7 @@ run() {
 # hears no signal. Ranks leave their status just before they end; torchrun needs 30 s at most to end those that cannot.
 end_when_ranks_have() {
   local left=90 ranks
+  trap '' TERM INT USR1 HUP # they come to the whole group, and a subshell has not its parent's traps
   while ((left > 0)); do
     sleep 1 >/dev/null 2>&1
     kill -0 "$child" 2>/dev/null || return 0
@@ -250,7 +254,9 @@ end_when_ranks_have() {
 pass_on() {
   if ((SECONDS - ${passed[$1]:--9} > 5)); then
     passed[$1]=$SECONDS
+    [[ -z $stopped ]] || again=yes
     stopped=$1
+    : "${stopped_at:=$SECONDS}"
     if [[ -n $child ]]; then
       kill -s "$1" "$child" 2>/dev/null || true
     fi
@@ -265,10 +271,29 @@ run_ranks() {
   if [[ -s $SSR_EXIT_FILE ]]; then
     status=$(<"$SSR_EXIT_FILE")
   elif [[ -n $stopped && $status != 0 ]]; then
-    printf 'pretrain.sh: SIG%s came before there was anything to save; go on with --resume\n' "$stopped" >&2
-    status=$([[ $stopped == INT ]] && echo 130 || echo 75)
+    silent_end "$status" || status=$?
   fi
   return "$status"
+}
+
+# The status of a run that a signal has ended and whose ranks have left none. Ranks leave one however they end, but for
+# those that a signal kills while Python still starts, and those that are killed with -KILL or never came to be.
+silent_end() { # STATUS_OF_TORCHRUN
+  local number after=$((SECONDS - stopped_at))
+  number=$(kill -l "$stopped")
+  if [[ -n $again ]]; then
+    printf 'pretrain.sh: SIG%s after another signal ended the run at once\n' "$stopped" >&2
+    return $((128 + number))
+  elif (($1 != 1 && $1 != 128 + number)); then
+    printf 'pretrain.sh: after SIG%s torchrun ended with %s, and its ranks left no word\n' "$stopped" "$1" >&2
+    return "$1"
+  elif ((after >= shutdown_timeout)); then # torchrun has killed them
+    printf 'pretrain.sh: no rank has saved in the %s s since SIG%s; go on with --resume\n' "$after" "$stopped" >&2
+    return 69
+  fi
+  printf 'pretrain.sh: SIG%s came before there was anything to save; go on with --resume\n' "$stopped" >&2
+  [[ $stopped == INT ]] && return 130
+  return 75
 }
 
 train() {
@@ -289,7 +314,7 @@ train() {
     training_command "$attempt"
     run_ranks || status=$?
     case $status in
-      1 | 69) ;; # a failure that may pass
+      1 | 69) [[ -z $stopped ]] || break ;; # a failure that may pass
       *) break ;;
     esac
   done
@@ -310,7 +335,8 @@ print_commands() {
 # bash reads what is in braces to its end: a script changed while a run lasts would otherwise go on in its new text.
 {
   declare -A given=() passed=()
-  arguments=() preflight=yes dry_run='' child='' stopped=''
+  arguments=() preflight=yes dry_run='' child='' stopped='' stopped_at='' again=''
+  shutdown_timeout=600 # seconds that ranks have to save, until torchrun kills them
   id=none port=0 rendezvous=
   read_options "$@"
   resolve
@@ -325,6 +351,7 @@ print_commands() {
     # shellcheck disable=SC2064  # its name now
     trap "pass_on $signal" "$signal"
   done
+  trap 'pass_on TERM' HUP # the terminal is gone; torchrun, in a group of its own, does not hear of it
   train
   exit
 }

@@ -51,7 +51,7 @@ def check_commands(preflight, training, node, host, port):
 
 
 def check_pod(pod, container):
-    patience = re.search(r"--shutdown-timeout (\d+)", (ROOT / "launch" / "pretrain.sh").read_text())[1]
+    patience = re.search(r"shutdown_timeout=(\d+)", (ROOT / "launch" / "pretrain.sh").read_text())[1]
     assert pod["terminationGracePeriodSeconds"] > int(patience)
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
@@ -87,6 +87,18 @@ def test_what_another_start_cannot_mend_ends_the_job_and_a_saved_run_goes_on():
     assert actions == {2: "FailJob", 74: "FailJob", 75: "Ignore"}
     containers = {container["name"] for container in job["spec"]["template"]["spec"]["containers"]}
     assert {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule} == containers
+
+
+def test_as_many_lost_ranks_are_borne_on_many_nodes_as_on_two():
+    """Each fails one pod of every index: a limit over all pods would be used up by one loss on nine nodes."""
+    _, job, _ = documents("kubernetes.yaml")
+    spec = job["spec"]
+    assert "backoffLimit" not in spec
+    assert spec["backoffLimitPerIndex"] == 8
+    assert spec["maxFailedIndexes"] == 0  # pods without that of one index would wait for it
+    (job,) = documents("pytorchjob.yaml")
+    pods = sum(part["replicas"] for part in job["spec"]["pytorchReplicaSpecs"].values())
+    assert job["spec"]["runPolicy"]["backoffLimit"] == 8 * pods
 
 
 def test_the_pods_of_a_pytorchjob_meet_at_its_master():

@@ -1,5 +1,6 @@
 """launch/pretrain.sh without ranks: what it would run, what it refuses, how signals and exit statuses pass through."""
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -143,12 +144,13 @@ def fake(tmp_path):
     program = tmp_path / "bin" / "torchrun"
     program.parent.mkdir()
 
-    def start(behaviour, *arguments):
+    def start(behaviour, *arguments, **options):
         program.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$*" >>{tmp_path}/calls\n{behaviour}\n')
         program.chmod(0o755)
         variables = environment(PATH=f"{program.parent}:{os.environ['PATH']}")
         command = [str(tmp_path / "launch" / "pretrain.sh"), *arguments, *RUN]
-        return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env=variables, **pipes, **options)
 
     return start
 
@@ -193,10 +195,13 @@ def test_a_restart_resumes_and_never_overwrites(fake, tmp_path):
     assert "exit status 69; restart 2 of 2" in errors
 
 
-def test_weights_alone_are_taken_once(fake, tmp_path):
-    process = fake("exit 1", "--no-preflight", "--max-restarts", "1", "--resume", "weights")
+@pytest.mark.parametrize("resume", [["--resume"], ["--resume", "weights"], ["--resume=weights"]])
+def test_a_restart_resumes_as_the_first_start_did(resume, fake, tmp_path):
+    """There may be no checkpoint of the new layout yet, and `weights` takes one of its own whole."""
+    process = fake("exit 1", "--no-preflight", "--max-restarts", "1", *resume)
     process.communicate(timeout=60)
-    assert calls(tmp_path)[1] == f"{RAN} --resume"
+    run = " ".join(["ssr_deepspeed.pretrain", *resume, *RUN])
+    assert calls(tmp_path) == [run, run]
 
 
 @pytest.mark.parametrize("status", [2, 74, 75, 130])
@@ -215,11 +220,12 @@ def test_what_a_restart_cannot_mend_ends_at_once(status, fake, tmp_path):
         (signal.SIGINT, True, 130),
         (signal.SIGTERM, False, 75),
         (signal.SIGINT, False, 130),
+        (signal.SIGHUP, True, 75),
     ],
 )
 def test_a_signal_reaches_torchrun_and_the_script_waits_for_it(number, saves, status, fake, tmp_path):
     """Sent twice, as Slurm and a person do; it arrives once, and what torchrun does then is waited for."""
-    name = number.name.removeprefix("SIG")
+    name = number.name.removeprefix("SIG").replace("HUP", "TERM")
     save = f'echo {status} >"$SSR_EXIT_FILE"' if saves else ":"
     behaviour = (
         f"trap 'echo {name} >>{tmp_path}/signals; sleep 0.1; touch {tmp_path}/saved; {save}; exit 1' {name}\n"
@@ -235,6 +241,84 @@ def test_a_signal_reaches_torchrun_and_the_script_waits_for_it(number, saves, st
     assert (tmp_path / "saved").exists()
     assert calls(tmp_path) == [RAN]
     assert ("before there was anything to save" in errors) == (not saves)
+
+
+HOLD = "; while :; do sleep 0.05; done"
+
+
+def signalled(process, tmp_path, number):
+    wait_for((tmp_path / "ready").exists, 30, process.poll)
+    process.send_signal(number)
+    return process.communicate(timeout=60)[1]
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "words"),
+    [
+        ('echo 1 >"$SSR_EXIT_FILE"; exit 1', 1, ""),
+        ('echo 143 >"$SSR_EXIT_FILE"; exit 1', 143, ""),
+        ("kill -KILL $$", 137, "torchrun ended with 137, and its ranks left no word"),
+        ("trap - TERM; kill $$", 75, "before there was anything to save"),
+        # As torchrun's own patience does, here of one second.
+        ("sleep 1.5; exit 1", 69, "no rank has saved"),
+    ],
+)
+def test_an_error_after_a_signal_is_not_taken_for_a_save(end, status, words, fake, tmp_path):
+    """Nor does it start anew: it was asked to end."""
+    script = tmp_path / "launch" / "pretrain.sh"
+    seconds = "1" if "sleep" in end else "600"
+    script.write_text(script.read_text().replace("shutdown_timeout=600", f"shutdown_timeout={seconds}"))
+    process = fake(f"trap '{end}' TERM; touch {tmp_path}/ready{HOLD}", "--no-preflight", "--max-restarts", "3")
+    errors = signalled(process, tmp_path, signal.SIGTERM)
+    assert process.returncode == status, errors
+    assert words in errors
+    assert ("pretrain.sh: " in errors) == bool(words)
+    assert calls(tmp_path) == [RAN]
+
+
+def test_a_second_signal_that_ends_the_run_at_once_is_not_taken_for_a_save(fake, tmp_path):
+    behaviour = f"trap 'touch {tmp_path}/ready' TERM; trap 'exit 1' USR1; touch {tmp_path}/started{HOLD}"
+    process = fake(behaviour, "--no-preflight")
+    wait_for((tmp_path / "started").exists, 30, process.poll)
+    process.send_signal(signal.SIGTERM)
+    errors = signalled(process, tmp_path, signal.SIGUSR1)
+    assert process.returncode == 128 + signal.SIGUSR1, errors
+    assert "SIGUSR1 after another signal ended the run at once" in errors
+
+
+def processes_of(group):
+    """Names of the living processes of a process group, by their numbers."""
+    found = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            number, rest = file.read_text().split(" (", 1)
+            name, rest = rest.rsplit(") ", 1)
+            state, _, its_group = rest.split()[:3]
+            if its_group == str(group) and state != "Z":
+                found[int(number)] = name
+    return found
+
+
+def test_what_ends_a_deaf_torchrun_outlives_the_signals_of_its_group(fake, tmp_path):
+    """Slurm tells every process of a step."""
+    behaviour = f"trap 'touch {tmp_path}/ready' TERM INT USR1; touch {tmp_path}/started; until [[ -e {tmp_path}/go ]]"
+    process = fake(f"{behaviour}; do sleep 0.05; done", "--no-preflight", start_new_session=True)
+
+    def living():
+        return processes_of(process.pid)
+
+    wait_for((tmp_path / "started").exists, 30, process.poll)
+    wait_for(lambda: "sleep" in living().values(), 30, living)
+    both = {number for number, name in living().items() if name != "sleep"}
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM):
+        os.killpg(process.pid, number)
+    wait_for((tmp_path / "ready").exists, 30, process.poll)
+    assert both <= living().keys()
+    assert len(both) == 2
+    (tmp_path / "go").touch()
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    wait_for(lambda: not living(), 10, living)
 
 
 def test_a_script_that_is_changed_while_a_run_lasts_goes_on_in_its_old_text(fake, tmp_path):

@@ -48,11 +48,11 @@ def batch(tmp_path):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
 
-    def start(**variables):
+    def start(*asked, **variables):
         path = f"{programs}:{os.environ['PATH']}"
         job = environment(**{**JOB, "PATH": path, "NOTES": str(tmp_path / "notes"), **variables})
         return subprocess.Popen(
-            ["bash", SCRIPT, *ASKED], env=job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            ["bash", SCRIPT, *ASKED, *asked], env=job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
     return start
@@ -67,11 +67,12 @@ def test_it_starts_the_wrapper_once_on_each_node(batch, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     words = (tmp_path / "notes.srun").read_text().split("\0")[:-1]
-    assert words[:5] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=16", "--kill-on-bad-exit=1"]
+    bash = words.index("bash")
+    assert words[:4] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=16"]
     # What a task of srun does, made to print its commands.
     for node in ("0", "1"):
         task = subprocess.run(
-            [*words[5:], "--dry-run"], env=environment(SLURM_NODEID=node), capture_output=True, text=True, check=True
+            [*words[bash:], "--dry-run"], env=environment(SLURM_NODEID=node), capture_output=True, text=True, check=True
         )
         preflight, training = task.stdout.splitlines()
         assert "--rdzv-endpoint box0:20007 --rdzv-id 5003.2-preflight" in preflight
@@ -99,27 +100,48 @@ def test_it_never_starts_on_fewer_nodes_or_otherwise_than_meant(variables, words
     assert not (tmp_path / "notes.srun").exists()
 
 
+@pytest.mark.parametrize("resume", [["--resume"], ["--resume", "weights"], ["--resume=weights"]])
+def test_a_given_resume_is_the_only_one(resume, batch, tmp_path):
+    batch(*resume, STATUS="0").communicate(timeout=60)
+    words = (tmp_path / "notes.srun").read_text().split("\0")[:-1]
+    assert words[words.index("--config") :] == [*ASKED, *resume]
+
+
+@pytest.mark.parametrize("signalled", [False, True])
 @pytest.mark.parametrize(
-    ("status", "again"), [("75", True), ("1", False), ("69", False), ("74", False), ("130", False)]
+    ("status", "again"), [("75", True), ("69", True), ("1", False), ("2", False), ("74", False), ("137", False)]
 )
-def test_only_a_run_that_was_stopped_and_saved_is_queued_again(status, again, batch, tmp_path):
-    process = batch(STATUS=status)
-    process.communicate(timeout=60)
-    assert process.returncode == (0 if again else int(status))
-    assert requeued(tmp_path) == again
-
-
-@pytest.mark.parametrize("status", ["75", "137"])
-def test_the_warning_before_the_limit_is_passed_on_and_the_job_queued_again(status, batch, tmp_path):
-    """137: srun has ended a task that was later than the others."""
-    process = batch(STATUS=status, HOLD="1")
-    wait_for((tmp_path / "notes.ready").exists, 30, process.poll)
-    process.send_signal(signal.SIGUSR1)
+def test_only_what_another_start_goes_on_from_is_queued_again(status, again, signalled, batch, tmp_path):
+    """With and without the warning before the time limit, which is passed on."""
+    process = batch(STATUS=status, HOLD="1" if signalled else "")
+    if signalled:
+        wait_for((tmp_path / "notes.ready").exists, 30, process.poll)
+        process.send_signal(signal.SIGUSR1)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    assert "passed" in (tmp_path / "notes").read_text().splitlines()
-    assert requeued(tmp_path)
-    assert "queueing job 5003 again" in output
+    assert process.returncode == (0 if again else int(status)), errors
+    assert ("passed" in (tmp_path / "notes").read_text().splitlines()) == signalled
+    assert requeued(tmp_path) == again
+    assert ("; queueing job 5003 again" in output) == again
+    assert (f"exit status {status}; job 5003 is not queued again" in output) != again
+    assert "saved" not in output
+
+
+@pytest.mark.parametrize(
+    ("variables", "status", "again"),
+    [
+        ({"SLURM_RESTART_COUNT": "7"}, "69", True),
+        ({"SLURM_RESTART_COUNT": "8"}, "69", False),
+        ({"SLURM_RESTART_COUNT": "2", "SSR_REQUEUES": "2"}, "69", False),
+        ({"SLURM_RESTART_COUNT": "100"}, "75", True),
+    ],
+)
+def test_lost_ranks_do_not_queue_a_job_again_for_ever(variables, status, again, batch, tmp_path):
+    process = batch(STATUS=status, **variables)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == (0 if again else 69)
+    assert requeued(tmp_path) == again
+    count = variables["SLURM_RESTART_COUNT"]
+    assert again or f"a rank was lost or stalled (69), and job 5003 has been queued again {count} times" in output
 
 
 def test_where_the_job_may_not_be_queued_again_its_status_says_so(batch, tmp_path):
@@ -236,3 +258,23 @@ def test_a_real_slurm_trains_on_two_nodes_and_goes_on_after_a_requeue(cluster, c
     wait_for(lambda: "JobState=COMPLETED" in cluster.ask("scontrol", "show", "job", job), 200, said)
     assert list(losses(run)) == list(range(1, 201))
     assert {path.name for path in (tmp_path / "slurm" / "logs" / job).iterdir()} == {"node_0", "node_1"}
+
+
+@pytest.mark.slow
+@NEEDS_NETWORKS
+def test_a_task_that_ends_later_than_another_keeps_its_own_status(cluster, tmp_path):
+    """srun could kill it, and its 137, greater than 75, would say nothing of a run that was saved."""
+    wrapper, log = tmp_path / "root" / "launch" / "pretrain.sh", tmp_path / "job.log"
+    wrapper.parent.mkdir(parents=True)
+    wrapper.write_text("#!/usr/bin/env bash\n[[ $SLURM_NODEID == 1 ]] || sleep 5\nexit 75\n")
+    wrapper.chmod(0o755)
+    options = ["--cpus-per-task=1", "--no-requeue", f"--output={log}", f"--export=ALL,SSR_ROOT={tmp_path}/root"]
+    answer = cluster.ask("sbatch", *options, SCRIPT, *ASKED)
+    job = re.search(r"Submitted batch job (\d+)", answer)[1]
+
+    def state():
+        return cluster.ask("scontrol", "show", "job", job)
+
+    wait_for(lambda: "JobState=FAILED" in state(), 120, state)
+    assert "ExitCode=75:0" in state(), log.read_text()
+    assert "stopped by a signal, and nothing is lost; submit it again" in log.read_text()
