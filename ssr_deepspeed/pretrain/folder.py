@@ -41,9 +41,7 @@ def claim(folder: Path, settings: dict[str, Any], existing: Existing) -> TextIO:
     except BlockingIOError:
         raise ValueError(f"another process is still writing to {folder}: wait for it or end it") from None
     except OSError as error:
-        say(
-            f"WARNING: {folder} is on a file system without locks ({error.strerror}): see that no other run writes there"
-        )
+        say(f"WARNING: {folder} cannot be locked ({error.strerror}): see that no other run writes there")
     if existing == "overwrite":
         _clear(folder)
     if (folder / METRICS).exists() or by_step(folder / "checkpoints"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -18,6 +19,12 @@ def environment(**variables):
     kept = {key: value for key, value in os.environ.items() if not key.startswith(ours) and key not in names}
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return {**kept, "PYTHONPATH": paths, **variables}
+
+
+def heed_signals():
+    """In a new process: one that was started in the background, or by nohup, may have been told to ignore them."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def arguments(cache, output, steps, *settings):

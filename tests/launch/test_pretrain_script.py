@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.runs import ROOT, SCRIPT, environment, wait_for
+from tests.launch.runs import ROOT, SCRIPT, environment, heed_signals, wait_for
 
 RUN = ["--config", "tiny_cpu", "--output", "runs/a b", "--set", "steps=4"]
 TWO = ["--nodes", "2", "--rendezvous", "box0:29400", "--id", "first"]
@@ -150,7 +150,7 @@ def fake(tmp_path):
         variables = environment(PATH=f"{program.parent}:{os.environ['PATH']}")
         command = [str(tmp_path / "launch" / "pretrain.sh"), *arguments, *RUN]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, env=variables, **pipes, **options)
+        return subprocess.Popen(command, env=variables, preexec_fn=heed_signals, **pipes, **options)
 
     return start
 
@@ -353,5 +353,10 @@ def test_shellcheck_finds_nothing(file):
     found = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if not found:
         pytest.skip("shellcheck is not installed; `make setup` brings it")
-    result = subprocess.run([found, "--enable=quote-safe-variables", file], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [found, "--enable=quote-safe-variables", file],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, result.stdout

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.launch.hosts import NEEDS_NETWORKS, NETWORK, TwoHosts
-from tests.launch.runs import ROOT, arguments, environment, latest, losses, wait_for
+from tests.launch.runs import ROOT, arguments, environment, heed_signals, latest, losses, wait_for
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 JOB = {
@@ -52,7 +52,12 @@ def batch(tmp_path):
         path = f"{programs}:{os.environ['PATH']}"
         job = environment(**{**JOB, "PATH": path, "NOTES": str(tmp_path / "notes"), **variables})
         return subprocess.Popen(
-            ["bash", SCRIPT, *ASKED, *asked], env=job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            ["bash", SCRIPT, *ASKED, *asked],
+            env=job,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=heed_signals,
         )
 
     return start

@@ -20,7 +20,7 @@ from ssr_deepspeed.pretrain import prepare as module
 from ssr_deepspeed.pretrain import shards
 from ssr_deepspeed.pretrain.config import DataConfig, load_run
 from ssr_deepspeed.pretrain.data import Sequences, open_corpus
-from ssr_deepspeed.pretrain.folder import claim
+from ssr_deepspeed.pretrain.folder import begin, claim
 from ssr_deepspeed.pretrain.prepare import main, prepare
 from ssr_deepspeed.pretrain.text import text_files
 
@@ -203,6 +203,7 @@ def test_a_run_is_resumed_on_the_same_text_alone(source, folder, tmp_path):
         return dataclasses.replace(config, data=dataclasses.replace(data, **changes)).to_dict()
 
     claim(tmp_path / "run", settings(), "refuse").close()
+    begin(tmp_path / "run", settings(), None)
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     claim(tmp_path / "run", settings(source="elsewhere", prepared=str(folder), workers=3), "resume").close()
     with pytest.raises(ValueError, match=r"cannot resume: data.fingerprint is '\w{16}' in .* and 'other' now"):
