@@ -8,6 +8,7 @@ that, it ends the process at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -107,9 +108,9 @@ class Signals:
         if not self._armed:
             say(f"{number.name} before training has begun: ending, there is nothing to save")
             leave(exit_code(number))
+        self._asked = self._asked or number
         if not before:
             say(f"{number.name}: saving at the end of the step")
-        self._asked = self._asked or number
 
 
 def outlive_signals(worker: int) -> None:
@@ -183,5 +184,6 @@ def say_once(sentence: str) -> None:
 
 def say(sentence: str) -> None:
     """One line on stderr, with the rank. In one write: lines of several ranks stay whole."""
-    sys.stderr.write(f"ssr-pretrain, rank {os.environ.get('RANK', 0)}: {sentence}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        sys.stderr.write(f"ssr-pretrain, rank {os.environ.get('RANK', 0)}: {sentence}\n")
+        sys.stderr.flush()
