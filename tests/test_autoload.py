@@ -68,7 +68,10 @@ DeepSpeedEngine.__init__ = wrap(DeepSpeedEngine.__init__)
 """
 
 
-@pytest.mark.parametrize("before", ["", "import ssr_deepspeed; ssr_deepspeed.install()", ANOTHER_PLUGIN])
+INSTALLED = pytest.param("import ssr_deepspeed; ssr_deepspeed.install()", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("before", ["", INSTALLED, ANOTHER_PLUGIN])
 def test_engines_of_a_script_obey_their_block_whatever_else_is_installed(tmp_path, before):
     script = tmp_path / "train.py"
     script.write_text(before + TRAIN)

@@ -58,6 +58,7 @@ def test_capacity_is_measured_on_two_ranks():
     assert rows["SSR softmax 1.0 next"][3] == "0.00%"
 
 
+@pytest.mark.slow
 def test_the_monitors_own_time_is_measured(tmp_path):
     lines = tmp_path / "hosts.jsonl"
     sizes = ["--hosts", "topk", "qwen3", "--layers", "1", "--steps", "8", "--interval", "4", "--tokens", "128"]

@@ -35,7 +35,7 @@ def _spoil_one_pass(bad, path):
     return None
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
 def test_every_rank_stops_before_the_step_and_names_layer_and_rank(bad, tmp_path):
     path = tmp_path / "loads.jsonl"
     results = run_ranks(2, _spoil_one_pass, bad, str(path), folder=tmp_path)

@@ -174,7 +174,7 @@ def test_every_stage_saves_the_state_of_all_layers_and_a_resumed_pipeline_goes_o
     _check_resuming([MOE] * 4, (AFTER, {"rule": "quantile"}, TRIGGER), tmp_path)
 
 
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stage_without_routers_saves_those_of_the_other_and_nobody_waits_in_vain(place, tmp_path):
     _check_resuming([DENSE, MOE] if place else [MOE, DENSE], (TRIGGER,), tmp_path)
 

@@ -273,6 +273,7 @@ def _experts(config):
     return holds, list(layout.experts_of(job.rank)), replicas, layout_table(job, config.model, layout)
 
 
+@pytest.mark.slow
 def test_four_ranks_are_measured_a_slow_one_named_and_the_experts_are_where_the_table_says(cache, tmp_path):
     from tests.pretrain.tiny import tiny_run
 

@@ -37,7 +37,7 @@ def _get(numbers, armed, same, exit_file, survives):
     [
         pytest.param([signal.SIGUSR1, signal.SIGTERM], True, 0.1, 7, None, id="a notice, then the limit"),
         pytest.param([signal.SIGTERM, signal.SIGTERM], True, 60, 7, None, id="to each process, and by torchrun"),
-        pytest.param([signal.SIGTERM, signal.SIGTERM], True, 0.1, 128 + signal.SIGTERM, None, id="again later"),
+        pytest.param([signal.SIGTERM, signal.SIGTERM], True, 0.1, 128 + signal.SIGTERM, "143", id="again later"),
         pytest.param([signal.SIGTERM], False, 0.1, 75, "75", id="before training"),
         pytest.param([signal.SIGINT], False, 0.1, 130, "130", id="Ctrl-C before training"),
     ],

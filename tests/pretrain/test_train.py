@@ -80,6 +80,7 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, precision):
     assert sorted(path.name for path in (broken / "checkpoints").glob("step_*")) == ["step_12", "step_8"]
 
 
+@pytest.mark.slow
 def test_zero_stages_and_precisions_train_alike(cache, tmp_path):
     losses = {}
     for name, extra in {
