@@ -33,11 +33,12 @@ chromium:
 	      && apt-get install -qq --no-install-recommends chromium; }; } > /dev/null 2>&1; } \
 	  || echo "There is no Chromium, and it could not be installed: the browser tests will be skipped."
 
+# Two files of tests at a time. What is slow is alone: some of it makes networks, or waits for time to pass.
 test: setup chromium
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-all: setup chromium
-	$(BIN)/python -m pytest -m ''
+test-all: test
+	$(BIN)/python -m pytest -m slow
 
 # Other versions of the hosts, each beside the environment's own and with compiled operators of its own.
 # DeepSpeed before 0.16 loads its checkpoints as torch did before 2.6.
