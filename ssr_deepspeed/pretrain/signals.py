@@ -171,6 +171,8 @@ def tell_launcher(code: int) -> None:
     path = os.environ.get("SSR_EXIT_FILE")
     if path:
         try:
+            if code == LOST and Path(path).is_file() and Path(path).stat().st_size:
+                return  # the rank that is missed has said why
             replace_text(Path(path), f"{code}\n")
         except OSError as error:
             say(f"cannot write SSR_EXIT_FILE = {path}: {error}")
