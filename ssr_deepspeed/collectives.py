@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,19 @@ def gather_objects(item: Any) -> list[Any]:
     items: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return items
+
+
+def attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
+    """Do `work`; its result, and what ended it if something did, as a sentence to gather.
+
+    Whatever it is, it must not be raised where other ranks wait for this one.
+    """
+    try:
+        return work(), None
+    except ValueError as error:
+        return None, str(error)
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def maximum_over(group: Any, tensor: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from ssr_deepspeed.collectives import attempt
+
 ADVICE = (
     "see that the hosts reach each other on every port, that GLOO_SOCKET_IFNAME (under NCCL also NCCL_SOCKET_IFNAME) "
     "names the network interface that joins them, and look at what NCCL_DEBUG=INFO prints"
@@ -71,15 +73,8 @@ class Job:
 
     def attempt(self, work: Callable[[], Any], here: bool = True) -> list[Outcome]:
         """Do `work` on the ranks where `here` holds; what came of it on every rank, whatever it raised."""
-        result, problem = None, None
-        if here:
-            try:
-                result = work()
-            except ValueError as error:
-                problem = str(error)
-            except Exception as error:  # whatever it is, the other ranks wait for this one
-                problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        return [Outcome(*each) for each in self.gather((result, problem))]
+        own = attempt(work) if here else (None, None)
+        return [Outcome(*each) for each in self.gather(own)]
 
     def problems(self, outcomes: list[Outcome]) -> list[str]:
         """One sentence for each problem, with the ranks that met it."""

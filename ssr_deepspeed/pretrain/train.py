@@ -19,7 +19,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from deepspeed.runtime.engine import DeepSpeedEngine
 from tqdm import tqdm
 
-from ssr_deepspeed.collectives import gather_objects
+from ssr_deepspeed.collectives import attempt, gather_objects
 from ssr_deepspeed.hosts.engine import initialize
 from ssr_deepspeed.monitor.records import METRICS, RunLog
 from ssr_deepspeed.monitor.report import write_report
@@ -307,15 +307,7 @@ def _together(work: Callable[[], Any], here: bool) -> list[Any]:
     """
     if not sys.stderr.isatty():
         disable_progress_bar()
-    result, problem = None, None
-    if here:
-        try:
-            result = work()
-        except ValueError as error:
-            problem = str(error)
-        except Exception as error:  # whatever it is, the other ranks wait for this one
-            problem = f"{type(error).__name__}: {error}"
-    gathered = gather_objects((result, problem))
+    gathered = gather_objects(attempt(work) if here else (None, None))
     for _, found in gathered:
         if found:
             raise ValueError(found)
