@@ -29,12 +29,12 @@ def sum_over(group: Any) -> Sum | None:
     return reduce
 
 
-def gather_objects(item: Any) -> list[Any]:
-    """`item` of every rank, in rank order, on every rank."""
+def gather_objects(item: Any, group: Any = None) -> list[Any]:
+    """`item` of every rank of `group` (by default all), in rank order, on every rank."""
     if not dist.is_initialized():
         return [item]
-    items: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(items, item)
+    items: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(items, item, group=group)
     return items
 
 

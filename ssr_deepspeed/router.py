@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C import _current_graph_task_id
+from torch.compiler import is_dynamo_compiling
 
 from ssr_deepspeed.collectives import sum_over
 from ssr_deepspeed.config import Scope, SSRConfig, Trigger
@@ -215,4 +217,4 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def recomputes() -> bool:
     """Whether backward is recomputing a checkpointed pass, which has been observed before."""
-    return not torch.compiler.is_dynamo_compiling() and torch._C._current_graph_task_id() != -1
+    return not is_dynamo_compiling() and _current_graph_task_id() != -1

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from ssr_deepspeed.collectives import attempt
+from ssr_deepspeed.collectives import attempt, gather_objects
 
 ADVICE = (
     "see that the hosts reach each other on every port, that GLOO_SOCKET_IFNAME (under NCCL also NCCL_SOCKET_IFNAME) "
@@ -67,9 +67,7 @@ class Job:
 
     def gather(self, item: Any) -> list[Any]:
         """`item` of every rank, in rank order, on every rank."""
-        items: list[Any] = [None] * self.ranks
-        dist.all_gather_object(items, item, group=self.control)
-        return items
+        return gather_objects(item, self.control)
 
     def attempt(self, work: Callable[[], Any], here: bool = True) -> list[Outcome]:
         """Do `work` on the ranks where `here` holds; what came of it on every rank, whatever it raised."""
@@ -114,8 +112,7 @@ def join(limit: timedelta) -> Job:
         limit: of one collective under test.
     """
     control = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    hosts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(hosts, socket.gethostname(), group=control)
+    hosts = gather_objects(socket.gethostname(), control)
     return Job(dist.get_rank(), tuple(hosts), control, limit)
 
 
