@@ -8,7 +8,8 @@ nothing but the monitor touches. Timed are the forward hooks, among them the one
 the engine calls at the end of a step; kernels run on the same thread, so theirs is in it. Figures are medians: the
 share of the step, and microseconds a layer and step, of ordinary steps, of a window's first, where a closer look is
 taken at every layer, and of its last, where the window is reduced and reported. Beside them the mean of all steps. What
-an empty function costs under the same clock, after the same work, is taken off for every call and shown.
+an empty function costs under the same clock, after the same work, is taken off for every call and shown; and what the
+kernel alone costs that reads a batch's mask, a layer, which is among the microseconds of the host that has masks.
 """
 
 from __future__ import annotations
@@ -33,6 +34,14 @@ from ssr_deepspeed.pretrain.config import ModelConfig
 from ssr_deepspeed.pretrain.model import MoELanguageModel
 
 HOSTS = ("ssr", "topk", "qwen3")
+COLUMNS = {
+    "us a layer": "microseconds",
+    "mask kernel": "mask",
+    "empty": "empty",
+    "first step": "first",
+    "last step": "last",
+    "mean": "mean",
+}
 WIDTH, HEADS, EXPERTS, TOP_K, EXPERT_WIDTH, VOCABULARY = 128, 4, 16, 2, 96, 512
 
 
@@ -48,12 +57,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     start_process_group()
-    columns = ("host", "layers", "step (ms)", "share (%)", "us a layer", "empty", "first step", "last step", "mean")
-    print("\n".join([row(*columns), "|" + "---|" * len(columns)]))
+    print(row("host", "layers", "step (ms)", "share (%)", *COLUMNS))
+    print("|" + "---|" * (4 + len(COLUMNS)))
     for host in options.hosts:
         for layers in options.layers:
             figures = measure(host, layers, options.steps, options.interval, options.tokens)
-            cells = (f"{figures[name]:.1f}" for name in ("microseconds", "empty", "first", "last", "mean"))
+            cells = (f"{figures[name]:.1f}" for name in COLUMNS.values())
             print(row(host, str(layers), f"{1e3 * figures['step']:.0f}", f"{100 * figures['share']:.2f}", *cells))
             if options.json:
                 with options.json.open("a") as lines:
@@ -66,22 +75,25 @@ def measure(host: str, layers: int, steps: int, interval: int, tokens: int) -> d
     Returns:
         `step`: seconds of a step; `share`: of the monitor's calls in it; `microseconds`, `first` and `last`: of
         these calls a layer, in ordinary steps and in the first and last ones of a window; `mean`: over all steps;
-        `empty`: microseconds of an empty function.
+        `empty`: microseconds of an empty function; `mask`: of the kernel that reads a mask, a layer.
     """
     engine, batch = _engine(host, layers, interval, tokens)
-    clock, empty = _Clock(), _Clock()
+    clock, empty, kernel = _Clock(), _Clock(), _Clock()
     clock.watch(engine)
-    nothing = empty.timed(lambda: None)
-    seconds, calls, numbers = [], [], []
+    nothing, read_mask = empty.timed(lambda: None), kernel.timed(lambda mask_BL: mask_BL.ne(0))
+    seconds, calls, numbers, kernels = [], [], [], []
     warmup = interval
     for step in range(warmup + steps):
         inputs = batch(step)
-        clock.seconds, clock.calls, began = 0.0, 0, time.perf_counter()
+        clock.seconds, clock.calls, kernel.seconds, began = 0.0, 0, 0.0, time.perf_counter()
         loss = engine(**inputs).loss
         engine.backward(loss)
         engine.step()
         nothing()
         seconds.append(time.perf_counter() - began)
+        if "attention_mask" in inputs:
+            read_mask(inputs["attention_mask"])
+        kernels.append(kernel.seconds)
         calls.append(clock.seconds)
         numbers.append(clock.calls)
     close_engine(engine)
@@ -100,6 +112,7 @@ def measure(host: str, layers: int, steps: int, interval: int, tokens: int) -> d
         "last": median(lambda place: place == interval - 1),
         "mean": 1e6 / layers * statistics.mean(calls[step] for step in timed),
         "empty": 1e6 * nothings,
+        "mask": 1e6 / layers * statistics.median(kernels[step] for step in timed),
     }
 
 

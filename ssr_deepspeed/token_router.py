@@ -79,7 +79,7 @@ class Padding:
                 names = list(inspect.signature(model.forward).parameters)
                 self._position = names.index("attention_mask") if "attention_mask" in names else len(names)
             mask = args[self._position] if self._position < len(args) else None
-        self.used_T = mask.reshape(-1) != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.used_T = mask.ne(0).reshape(-1) if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self._there = None
 
     def used(self, tokens: int, device: torch.device) -> Tensor | None:

@@ -41,12 +41,12 @@ def count_routes(gate: TopKGate, monitor: LoadMonitor, layer: int) -> torch.util
     def hook(module: TopKGate, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         if not module.training:
             return
-        ssr = vars(module).get("ssr")
+        ssr = module.__dict__.get("ssr")
         dispatched_E, solution = (None, None) if ssr is None else (ssr.dispatched_E, ssr.solution)
         # Every drop policy keeps as many routes as there are slots.
         capacity = None
         if module.drop_tokens:
-            capacity = output[1] if len(output) == 7 else output[1].shape[2]
+            capacity = output[1] if len(output) == 7 else output[1].size(2)
         if monitor.add(layer, output[-1], dispatched_E, capacity, solution):
             monitor.sample(layer, solution is not None, lambda: _look(module, inputs, output))
 

@@ -66,7 +66,7 @@ class Found:
         if self.contract is None:
             assert isinstance(self.module, TopKGate)
             return deepspeed_moe.count_routes(self.module, monitor, layer)
-        contract = self.contract
+        contract, at = self.contract, self.contract.indices_at
 
         def look(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> Sample | None:
             logits_TE = contract.logits_of(module, inputs[0], output)
@@ -81,12 +81,12 @@ class Found:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
             if not module.training:
                 return
-            ssr = vars(module).get("ssr")
-            solution, indices_TK = None if ssr is None else ssr.solution, output[contract.indices_at]
+            ssr = module.__dict__.get("ssr")
+            solution = None if ssr is None else ssr.solution
             if ssr is not None and ssr.demand_E is not None:
                 wanted = monitor.add(layer, ssr.demand_E, None, None, solution)
             else:
-                wanted = monitor.add_routes(layer, indices_TK, padding.used_T, solution)
+                wanted = monitor.add_routes(layer, output[at], padding.used_T, solution)
             if wanted:
                 monitor.sample(layer, solution is not None, lambda: look(module, inputs, output))
 

@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C import _current_graph_task_id
+from torch.compiler import is_dynamo_compiling
 
 from ssr_deepspeed.collectives import to_host
 from ssr_deepspeed.monitor.sample import SAMPLED, Sample
 from ssr_deepspeed.ot import Solution
-from ssr_deepspeed.router import recomputes
 
 # Behind demand and dispatch in a step's row: passes, transport passes and, of those, column error, sweeps, cap hits.
 _EXTRA = 5
@@ -207,9 +208,10 @@ class LoadMonitor:
         Returns:
             Whether a closer look at this pass is wanted, by `sample`.
         """
-        if recomputes():
+        # Between two layers' kernels nothing is in the processor's caches, and every frame, object and call costs a
+        # microsecond or more: so `router.recomputes` is written out here, and a plain tuple kept.
+        if not is_dynamo_compiling() and _current_graph_task_id() != -1:
             return False
-        # Between two layers' kernels nothing is in the processor's caches: every Python object costs, so a plain tuple.
         self._passes.append((self._row, layer, demand_E, dispatched_E, capacity, solution))
         return self._sampled[layer] < (solution is not None)
 
@@ -223,7 +225,7 @@ class LoadMonitor:
                 number of entries than T: no padding.
             solution: of the transport problem that the pass solved.
         """
-        if recomputes():
+        if not is_dynamo_compiling() and _current_graph_task_id() != -1:
             return False
         self._uncounted.append((self._row, layer, indices_TK, used, solution))
         self._routes += indices_TK.numel()
