@@ -207,7 +207,7 @@ resumed_arguments() {
 # The name of many machines is 127.0.1.1 to themselves, at which gloo would have the others look for them.
 warn_of_loopback() {
   if [[ -z ${GLOO_SOCKET_IFNAME:-} && $(getent hosts "$HOSTNAME" || true) == @(127.|::1)* ]]; then
-    printf 'pretrain.sh: %s is a loopback address here; for ranks on the CPU (gloo) set GLOO_SOCKET_IFNAME\n' "$HOSTNAME" >&2
+    printf 'pretrain.sh: %s is a loopback address here; set GLOO_SOCKET_IFNAME, by which ranks meet also where NCCL does the work\n' "$HOSTNAME" >&2
   fi
 }
 
@@ -263,13 +263,17 @@ pass_on() {
   fi
 }
 
-# The ranks' own exit status, which torchrun replaces by 1.
+# The ranks' own exit status, which torchrun replaces by 1. They leave `.begun` beside it when there is something to lose.
 run_ranks() {
   local status=0
   : >"$SSR_EXIT_FILE"
+  rm -f "$SSR_EXIT_FILE.begun"
   run "${command[@]}" || status=$?
   if [[ -s $SSR_EXIT_FILE ]]; then
     status=$(<"$SSR_EXIT_FILE")
+  elif [[ $status == 1 && -z $again && -e $SSR_EXIT_FILE.begun ]]; then
+    printf 'pretrain.sh: a rank was killed, or crashed, and the others of this machine left no word\n' >&2
+    status=69
   elif [[ -n $stopped && $status != 0 ]]; then
     silent_end "$status" || status=$?
   fi
@@ -346,7 +350,7 @@ print_commands() {
   fi
   SSR_EXIT_FILE=$(mktemp)
   export SSR_EXIT_FILE
-  trap 'rm -f "$SSR_EXIT_FILE"' EXIT
+  trap 'rm -f "$SSR_EXIT_FILE" "$SSR_EXIT_FILE.begun"' EXIT
   for signal in TERM INT USR1; do
     # shellcheck disable=SC2064  # its name now
     trap "pass_on $signal" "$signal"

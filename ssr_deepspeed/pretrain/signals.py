@@ -81,6 +81,8 @@ class Signals:
     def arm(self) -> None:
         """From here on the run stops by itself where a signal asks it to."""
         self._armed = True
+        # Whoever dies from here on without a word has been lost.
+        _tell(".begun", "")
 
     def ignore(self) -> None:
         """From here on signals change nothing: the process is about to end by itself."""
@@ -169,11 +171,16 @@ def leave(code: int) -> NoReturn:
 def tell_launcher(code: int) -> None:
     """Write the exit code to the file that SSR_EXIT_FILE names: torchrun's own is 1 for all of its workers'."""
     path = os.environ.get("SSR_EXIT_FILE")
+    if path and code == LOST and Path(path).is_file() and Path(path).stat().st_size:
+        return  # the rank that is missed has said why
+    _tell("", f"{code}\n")
+
+
+def _tell(suffix: str, content: str) -> None:
+    path = os.environ.get("SSR_EXIT_FILE")
     if path:
         try:
-            if code == LOST and Path(path).is_file() and Path(path).stat().st_size:
-                return  # the rank that is missed has said why
-            replace_text(Path(path), f"{code}\n")
+            replace_text(Path(path + suffix), content)
         except OSError as error:
             say(f"cannot write SSR_EXIT_FILE = {path}: {error}")
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import deepspeed
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from deepspeed.accelerator import get_accelerator
 
 from ssr_deepspeed.pretrain.checkpoint import NotSavedError
@@ -29,6 +32,9 @@ from ssr_deepspeed.pretrain.signals import (
 from ssr_deepspeed.pretrain.train import Run
 from ssr_deepspeed.pretrain.watch import Watch
 
+_CLOSING = 60.0
+"""Seconds that closing the connections at the end may take."""
+
 
 def supervise(
     config: RunConfig, folder: Path, existing: Existing, compare: Sequence[Path], launched: bool
@@ -42,10 +48,7 @@ def supervise(
         What `sys.exit` is to be called with.
     """
     signals = Signals(launched)
-    deepspeed.init_distributed(timeout=config.collective_timeout)
-    # Before the first collective: NCCL's ranks must not meet on one device.
-    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    watch = Watch(config.timeout)
+    watch = _join(config, signals)
     try:
         try:
             run = Run(config, folder, existing, compare, asked=signals.asked, moved=watch.moved)
@@ -59,17 +62,53 @@ def supervise(
         dist.barrier()  # the ranks leave together: all have saved, and rank 0 has written the report
     except Exception:
         traceback.print_exc()
-        missing = watch.missing()
-        if missing is None:
-            leave(1)  # not by `raise`: at the interpreter's end loader processes, which outlive signals, are waited for
-        say(f"{missing}. Start again with --resume")
-        leave(LOST)
-    watch.close()
-    dist.destroy_process_group()
+        _leave_after_error(watch)
     if code:
         tell_launcher(code)
+    watch.close()
+    # NCCL closes its connections together with the others, one of whom may fail just now. All is saved.
+    last = _at_the_latest(_CLOSING, lambda: leave(code))
+    dist.destroy_process_group()
+    last.cancel()
     sys.stdout.flush()
     return code
+
+
+def _join(config: RunConfig, signals: Signals) -> Watch:
+    """Meet the other ranks; from then on somebody watches."""
+    # DeepSpeed gives its own groups no timeout, and at torch's, 10 minutes under NCCL, a process ends without a word.
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = config.collective_timeout
+    # Before the first collective: NCCL's ranks must not meet on one device.
+    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
+
+    def give_up() -> None:
+        say(f"the ranks have not met in {config.timeout:g} s; ssr-preflight tells what to look at")
+        leave(LOST)
+
+    # No timeout of NCCL's own ends its first meeting.
+    last = _at_the_latest(config.timeout, give_up)
+    deepspeed.init_distributed(timeout=config.collective_timeout)
+    watch = Watch(config.timeout, signals.asked)
+    last.cancel()
+    return watch
+
+
+def _at_the_latest(seconds: float, work: Callable[[], None]) -> threading.Timer:
+    timer = threading.Timer(seconds, work)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def _leave_after_error(watch: Watch) -> NoReturn:
+    """End this process by the error of another rank that is missing, or by its own."""
+    missing = watch.missing()
+    if missing is None:
+        watch.failed(1)
+        leave(1)  # not by `raise`: at the interpreter's end loader processes, which outlive signals, are waited for
+    sentence, code = missing
+    say(sentence + (". Start again with --resume" if code == LOST else ""))
+    leave(code)
 
 
 def _train(run: Run, watch: Watch) -> int:

@@ -2,8 +2,9 @@
 
 A collective that waits for a stalled rank says at its timeout that it has waited, not for whom, and on an accelerator
 the host may not hear of it at all. So a thread of each rank writes into the job's key-value store that it is alive, and
-where its main thread is. Where that has not moved for too long, the thread reads what the others have written: a rank
-whose thread has fallen silent is frozen, cut off or dead; where all are alive, those are named that are behind.
+where its main thread is. Where that has not moved for a while, the thread reads what the others have written. A rank
+whose thread has fallen silent is frozen, cut off or dead, and there is nothing to wait for; where all are alive, those
+are named, at the timeout, that are behind.
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
 
 from ssr_deepspeed.pretrain.signals import LOST, leave, say
 
-# Of the timeout: when a rank that has not moved begins to look at the others.
-_SUSPICION = 0.6
+# Seconds without a beat after which a thread is taken for silent, and without a move before it is asked. NCCL ends a
+# process, without a word, a minute after the connection to another has broken.
+_SILENCE = 25.0
+# The same where this process is asked to end, perhaps because a rank of its machine has died: torchrun kills the
+# others after 30 s.
+_HURRY = 10.0
 _UNREACHABLE = "the launcher's store is out of reach: its host is down, or this one is cut off"
 
 
@@ -35,23 +41,29 @@ class _Beat(NamedTuple):
     """Places its main thread has come through."""
     where: str
     host: str
+    code: int
+    """What it ends with by an error of its own; 0 while it runs."""
 
 
 class Watch:
-    """Ends this process with LOST, and one sentence that names the ranks to blame, when the run stands still.
+    """Ends this process, with one sentence that names the ranks to blame, when the run stands still.
+
+    The exit code is LOST, or that of the rank whose own error was the cause.
 
     One thread talks to the store, and waits as long as that takes: over a dead link no timeout of the store's ends it.
     Another looks at the clock.
 
     Args:
-        timeout: seconds without progress of this rank after which it gives up.
+        timeout: seconds without progress of this rank after which it gives up though all are alive.
+        asked: the signal that this process was asked to stop by, 0 for none.
     """
 
-    def __init__(self, timeout: float) -> None:
-        self.timeout = timeout
+    def __init__(self, timeout: float, asked: Callable[[], int] = lambda: 0) -> None:
+        self.timeout, self._asked = timeout, asked
         self.interval = min(2.0, timeout / 8)
         self.rank, self._keys = dist.get_rank(), [str(rank) for rank in range(dist.get_world_size())]
         self._beats, self._moves, self._where, self._moved = 0, 0, "at the start", time.monotonic()
+        self._code = 0
         self._ended, self._wanted, self._answered = threading.Event(), threading.Event(), threading.Event()
         self._answer: dict[int, _Beat] = {}
         self._looking = threading.Lock()
@@ -71,29 +83,45 @@ class Watch:
         self._ended.set()
         self._wanted.set()
 
-    def missing(self) -> str | None:
-        """A sentence on the ranks that have fallen silent, None where there are none. Takes some intervals."""
+    def missing(self) -> tuple[str, int] | None:
+        """A sentence on the ranks that have fallen silent, with the code to leave with; None where there are none.
+
+        Takes some intervals.
+        """
         if len(self._keys) == 1:
             return None
         before = self._look()
         time.sleep(2.5 * self.interval)
         now = self._look()
         if not now:
-            return f"{self._where}: {_UNREACHABLE}"
-        silent = _heard_of(self._silent(before, now), now)
-        return f"{self._where}: {silent}, gone or frozen" if silent else None
+            return f"{self._where}: {_UNREACHABLE}", LOST
+        silent = self._silent(before, now)
+        if not silent:
+            return None
+        blame, code = _blamed(silent, now)
+        return f"{self._where}: {blame}", code
+
+    def failed(self, code: int) -> None:
+        """Tell the others, who will miss this rank, that it ends by an error of its own."""
+        self._code = code
+        self._look()
 
     def _decide(self) -> None:
         before: dict[int, _Beat] | None = None
         looked = 0.0
         while not self._ended.wait(self.interval):
             still = time.monotonic() - self._moved
-            if still < _SUSPICION * self.timeout:
+            silence = max(2.5 * self.interval, min(_HURRY if self._asked() else _SILENCE, self.timeout / 4))
+            if still < silence:
                 before = None
             elif before is None:
                 before, looked = self._look(), time.monotonic()
-            elif still > self.timeout and time.monotonic() - looked > 2.5 * self.interval:
-                self._give_up(before)
+            elif time.monotonic() - looked > silence:
+                now = self._look()
+                silent = self._silent(before, now) if now else []
+                if silent or still > self.timeout:
+                    self._give_up(still, silent, now)
+                before, looked = now, time.monotonic()
 
     def _talk(self) -> None:
         while not self._ended.is_set():
@@ -106,7 +134,7 @@ class Watch:
 
     def _beat(self) -> None:
         self._beats += 1
-        beat = _Beat(self._beats, self._moves, self._where, socket.gethostname())
+        beat = _Beat(self._beats, self._moves, self._where, socket.gethostname(), self._code)
         # Where the store is out of reach, that is told when nothing else moves either.
         with contextlib.suppress(Exception):
             self._store.set(self._keys[self.rank], json.dumps(beat))
@@ -133,14 +161,13 @@ class Watch:
         others = (rank for rank in range(len(self._keys)) if rank != self.rank)
         return [rank for rank in others if rank not in now or now[rank] == before.get(rank)]
 
-    def _give_up(self, before: dict[int, _Beat]) -> NoReturn:
-        now = self._look()
-        here = f"no progress for {self.timeout:g} s {self._where}"
-        silent = _heard_of(self._silent(before, now), now)
-        if not now:
+    def _give_up(self, still: float, silent: list[int], now: dict[int, _Beat]) -> NoReturn:
+        here, code = f"no progress for {still:.0f} s {self._where}", LOST
+        if silent:
+            blame, code = _blamed(silent, now)
+            say(f"{here}: {blame}")
+        elif not now:
             say(f"{here}, and {_UNREACHABLE}")
-        elif silent:
-            say(f"{here}: {silent}, gone, frozen or cut off")
         else:
             least = min(beat.moves for beat in now.values())
             behind = [rank for rank, beat in now.items() if beat.moves == least]
@@ -149,15 +176,23 @@ class Watch:
             else:
                 say(f"{here}: all ranks are alive and as far. This one is at")
             traceback.print_stack(sys._current_frames().get(threading.main_thread().ident or 0))
-        leave(LOST)
+        leave(code)
 
 
-def _heard_of(ranks: list[int], beats: dict[int, _Beat]) -> str | None:
-    """`rank 1 (host b), last heard of in step 7`, for at most eight ranks; None for none."""
+def _blamed(silent: list[int], beats: dict[int, _Beat]) -> tuple[str, int]:
+    """What became of silent ranks, and the code to leave with; first of all those that have told their own end."""
+    failed = [rank for rank in silent if rank in beats and beats[rank].code]
+    if failed:
+        return f"{_heard_of(failed, beats)}, ended by an error of its own; see what it has said", beats[failed[0]].code
+    return f"{_heard_of(silent, beats)}, gone, frozen or cut off", LOST
+
+
+def _heard_of(ranks: list[int], beats: dict[int, _Beat]) -> str:
+    """`rank 1 (host b), last heard of in step 7`, for at most eight ranks."""
     words = [
         f"rank {rank} (host {beats[rank].host}), last heard of {beats[rank].where}"
         if rank in beats
         else f"rank {rank}, never heard of"
         for rank in ranks[:8]
     ]
-    return "; ".join(words) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "") or None
+    return "; ".join(words) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

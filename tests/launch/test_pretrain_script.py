@@ -170,6 +170,10 @@ RAN = "ssr_deepspeed.pretrain " + " ".join(RUN)
         ("exit 1", 1),
         ('echo 75 >"$SSR_EXIT_FILE"; exit 1', 75),
         ('echo 74 >"$SSR_EXIT_FILE"; exit 1', 74),
+        # Killed, while training: by the system for its memory, or by NCCL.
+        ('touch "$SSR_EXIT_FILE.begun"; exit 1', 69),
+        ('touch "$SSR_EXIT_FILE.begun"; echo 1 >"$SSR_EXIT_FILE"; exit 1', 1),
+        ('touch "$SSR_EXIT_FILE.begun"; exit 0', 0),
     ],
 )
 def test_the_status_is_the_ranks_own_where_they_left_one(behaviour, status, fake, tmp_path):

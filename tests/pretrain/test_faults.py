@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -149,11 +150,11 @@ def test_a_rank_that_raises_ends_the_run_though_its_loader_outlives_signals(cach
 
 
 @pytest.mark.slow
-def test_a_frozen_rank_is_named_within_the_timeout_and_the_others_exit(cache, tmp_path, whole):
+def test_a_frozen_rank_is_named_before_the_timeout_and_the_others_exit(cache, tmp_path, whole):
     job = Job(tmp_path, settings_of(cache, timeout=20), fault=("frozen", 1, 5))
     code, own = job.end()
     assert (code, own) == (1, 69), job.text()
-    assert "no progress for 20 s in step 5: rank 1 (host " in job.text()
+    assert re.search(r"no progress for 1?\d s in step 5: rank 1 \(host ", job.text()), job.text()
     assert "gone, frozen or cut off" in job.text()
     assert_resumes(tmp_path, cache, whole, 4)
 

@@ -1,0 +1,68 @@
+import os
+import signal
+import threading
+
+import pytest
+import torch.distributed as dist
+
+from ssr_deepspeed.pretrain import watch
+from ssr_deepspeed.pretrain.signals import LOST, leave, say
+from tests.gloo import _context
+
+
+def _rank(rank, folder, what, silence, hurry, asked):
+    """Rank 0 ends as told, once rank 1 has heard of it; rank 1 stands still, or looks for it after an error."""
+    os.environ.update(RANK=str(rank), SSR_EXIT_FILE=str(folder / f"code_{rank}"))
+    os.dup2(os.open(folder / f"said_{rank}", os.O_CREAT | os.O_WRONLY), 2)
+    watch._SILENCE, watch._HURRY = silence, hurry
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    mine = watch.Watch(1000, lambda: asked)
+    mine.interval = 0.2
+    mine.moved("in step 7")
+    dist.barrier()
+    if rank == 0:
+        if what == "fails":
+            mine.failed(1)
+            leave(1)
+        os._exit(0)
+    if what == "stands still":
+        threading.Event().wait()
+    missing = None
+    while missing is None:
+        missing = mine.missing()
+    say(missing[0])
+    leave(missing[1])
+
+
+def ends(folder, *how):
+    """Exit code of rank 1, what it told the launcher, and what it said."""
+    ranks = [_context.Process(target=_rank, args=(rank, folder, *how)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode is not None
+    return ranks[1].exitcode, (folder / "code_1").read_text(), (folder / "said_1").read_text()
+
+
+@pytest.mark.parametrize(
+    ("silence", "hurry", "asked"),
+    [
+        pytest.param(0.5, 1000.0, 0, id="by itself"),
+        # As torchrun does to the ranks beside one that has died, half a minute before it kills them.
+        pytest.param(1000.0, 0.5, signal.SIGTERM, id="asked to end"),
+    ],
+)
+def test_a_silent_rank_is_not_waited_for_until_the_timeout(tmp_path, silence, hurry, asked):
+    code, told, said = ends(tmp_path, "stands still", silence, hurry, asked)
+    assert (code, told) == (LOST, f"{LOST}\n")
+    assert "in step 7: rank 0 (host " in said
+    assert "gone, frozen or cut off" in said
+
+
+def test_the_code_of_a_rank_that_fails_by_itself_is_the_whole_jobs(tmp_path):
+    """Also on other machines, whose launchers share no file with it: a scheduler would start it again and again."""
+    code, told, said = ends(tmp_path, "fails", 1000.0, 1000.0, 0)
+    assert (code, told) == (1, "1\n")
+    assert "rank 0 (host " in said
+    assert "ended by an error of its own" in said
