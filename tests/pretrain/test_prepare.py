@@ -404,9 +404,12 @@ def peak_of_tree(process):
 
 @pytest.mark.slow
 def test_more_text_takes_no_more_memory(start, tmp_path):
-    """All of the larger text in one process would be 100 MB as a string and twice that as tokens."""
+    """All of the larger text in one process would be 240 MB as a string and twice that as tokens.
+
+    Between the two, peaks differ by 30 MB on a quiet machine; on a busy one 160 MB were seen.
+    """
     peaks = []
-    for megabytes in (20, 120):
+    for megabytes in (20, 240):
         write_speeches(tmp_path / "text.jsonl", megabytes)
         peaks.append(peak_of_tree(start(tmp_path / "text.jsonl", tmp_path / f"prepared_{megabytes}")))
-    assert peaks[1] - peaks[0] < 80e6, peaks
+    assert peaks[1] - peaks[0] < 240e6, peaks
