@@ -22,7 +22,6 @@ from ssr_deepspeed.pretrain.__main__ import add_arguments
 from ssr_deepspeed.pretrain.ranks import be_alone
 
 _COMMAND = "ssr-preflight"
-_JOIN = timedelta(minutes=5)
 _COLLECTIVE = timedelta(seconds=30)
 
 
@@ -33,12 +32,11 @@ def main(arguments: list[str] | None = None) -> None:
     if "RANK" not in os.environ:
         be_alone(_COMMAND)
     # torch and DeepSpeed take seconds to import; --help and a misspelt flag should not.
-    import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     from ssr_deepspeed.preflight.checks import Request, run_checks
     from ssr_deepspeed.preflight.findings import summary, table
-    from ssr_deepspeed.preflight.job import join, local_rank
+    from ssr_deepspeed.preflight.job import local_rank, meet
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     request = Request(
@@ -53,8 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if local_rank() < get_accelerator().device_count():
             get_accelerator().set_device(local_rank())
-        deepspeed.init_distributed(timeout=_JOIN)
-        job = join(_COLLECTIVE)
+        job = meet(_COLLECTIVE)
         findings, experts = run_checks(job, request)
         failed = any(finding.failed for finding in findings)
         if job.rank == 0:

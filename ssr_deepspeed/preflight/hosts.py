@@ -95,7 +95,12 @@ def _offsets(job: Job, leaders: list[int]) -> list[float]:
 
 def _free_bytes(ranks: int) -> float:
     """Memory that one of this host's ranks may still take, of its device or its share of the host's."""
-    if get_accelerator().device_name() != "cpu":
+    device = get_accelerator().device_name()
+    if device == "cuda":
+        # DeepSpeed's own `available_memory` counts what this process holds, and no other.
+        torch.cuda.empty_cache()
+        return float(torch.cuda.mem_get_info()[0])
+    if device != "cpu":
         return float(get_accelerator().available_memory())
     return min(float(psutil.virtual_memory().available), *map(_left, _control_groups(_CGROUPS, _OWN_CGROUP))) / ranks
 

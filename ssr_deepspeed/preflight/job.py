@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Sequence
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -21,6 +26,11 @@ ADVICE = (
 )
 # Ranks may read large data at unequal speed, and then wait for each other.
 _PATIENCE = timedelta(minutes=10)
+MEETING = timedelta(minutes=5)
+"""Longest time until ranks have met, or until a few collectives are done that none of them waits for too long.
+
+NCCL connects in a group's first collective, and no timeout of its own ends that.
+"""
 # Names of ranks in one sentence; a job may have thousands.
 _NAMED = 8
 
@@ -74,6 +84,12 @@ class Job:
         own = attempt(work) if here else (None, None)
         return [Outcome(*each) for each in self.gather(own)]
 
+    def exchange(self, work: Callable[[], Any]) -> list[Outcome]:
+        """As `attempt`, for collectives under test. Where one does not even begin, the process ends with a sentence."""
+        with ends_within(MEETING):
+            own = attempt(work)
+        return [Outcome(*each) for each in self.gather(own)]
+
     def problems(self, outcomes: list[Outcome]) -> list[str]:
         """One sentence for each problem, with the ranks that met it."""
         met: dict[str, list[int]] = {}
@@ -92,8 +108,16 @@ class Job:
         Raises:
             RuntimeError: it failed or took longer than the limit.
         """
-        work.wait(self.limit)
-        get_accelerator().synchronize()
+        if not get_accelerator().use_host_timers():
+            # NCCL's own wait with a limit looks once a millisecond, in which these networks carry tens of megabytes.
+            deadline = time.monotonic() + self.limit.total_seconds()
+            while not work.is_completed():
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"a collective did not end in {self.limit.total_seconds():g} s")
+            work.wait()
+            get_accelerator().synchronize()
+        else:
+            work.wait(self.limit)
 
     def name(self, ranks: Iterable[int]) -> str:
         """The ranks with their hosts, as in `rank 3 (b)` or `ranks 0-7 (a), 8 (b)`."""
@@ -103,6 +127,39 @@ class Job:
             hosts.setdefault(self.hosts[rank], []).append(rank)
         parts = [f"{spans(each)} ({host})" for host, each in hosts.items()]
         return f"rank{'s' if len(ranks) > 1 else ''} {shortened(parts)}"
+
+
+@contextmanager
+def ends_within(limit: timedelta) -> Iterator[None]:
+    """End this process, with one sentence, if what is inside takes longer: nothing can interrupt it."""
+
+    def end() -> None:
+        where = f"rank {os.environ.get('RANK', 0)} ({socket.gethostname()})"
+        print(
+            f"ssr-preflight: {where}: the ranks have not met in {limit.total_seconds():g} s; {ADVICE}", file=sys.stderr
+        )
+        sys.stderr.flush()
+        os._exit(1)
+
+    timer = threading.Timer(limit.total_seconds(), end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def meet(limit: timedelta) -> Job:
+    """Make the process group, and join it. Under NCCL nothing is connected yet, so that faults can be told first.
+
+    Args:
+        limit: of one collective under test.
+    """
+    with ends_within(MEETING):
+        dist.init_process_group(get_accelerator().communication_backend_name(), timeout=MEETING)
+        deepspeed.init_distributed()  # takes over what there is
+        return join(limit)
 
 
 def join(limit: timedelta) -> Job:

@@ -26,7 +26,7 @@ def check_links(job: Job) -> Finding:
     if job.ranks < 3:
         return ok("links", "nothing to compare with fewer than 3 ranks")
     group = job.groups()
-    outcomes = job.attempt(lambda: _times(job, group))
+    outcomes = job.exchange(lambda: _times(job, group))
     if failures := job.broken(outcomes):
         return judged("links", "", failures=failures)
     pairs: dict[tuple[int, int], float] = {}

@@ -29,7 +29,7 @@ def check_all_reduce(job: Job, timed: bool) -> Finding:
         timed: measure the bandwidth too.
     """
     group = job.groups()
-    outcomes = job.attempt(lambda: _wrong_sums(job, group))
+    outcomes = job.exchange(lambda: _wrong_sums(job, group))
     failures = job.broken(outcomes) or [
         f"rank {rank} ({job.hosts[rank]}) got {sum(wrong.values())} wrong sums, of elements that {job.name(wrong)} "
         "filled: a faulty link, device or library there; leave that host out"
@@ -60,7 +60,7 @@ def check_all_to_all(job: Job, layout: Layout, elements: int, dtype: torch.dtype
         return judged("all-to-all", "none: every rank holds all experts (ep_size = 1)")
     group = job.groups(*layout.ep_groups)
     size = _block(job, elements, dtype, timed, layout.ep_size)
-    outcomes = job.attempt(lambda: _misplaced(job, group, size, dtype))
+    outcomes = job.exchange(lambda: _misplaced(job, group, size, dtype))
     failures = job.broken(outcomes) or [
         f"rank {rank} ({job.hosts[rank]}) received {sum(wrong.values())} wrong elements "
         f"from {job.name(wrong)}: a faulty link, device or library there; leave that host out"
@@ -150,7 +150,7 @@ def _seconds(job: Job, start: Callable[[], Any]) -> tuple[list[float], list[str]
     # The first one also opens connections; the second tells all ranks how many more there is time for.
     rounds = 1
     for _ in range(3):
-        outcomes = job.attempt(lambda rounds=rounds: least(rounds))  # type: ignore[misc]
+        outcomes = job.exchange(lambda rounds=rounds: least(rounds))  # type: ignore[misc]
         if failures := job.broken(outcomes):
             return [], failures
         seconds = [outcome.result for outcome in outcomes]
