@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -71,18 +72,36 @@ def numbers_of(group: Any, numbers: Sequence[int]) -> dict[int, list[int]]:
 def host_groups(groups: Sequence[Any], device: torch.device) -> list[Any]:
     """For each group one of the same ranks that takes tensors on the CPU; None for one rank alone.
 
-    Every rank of the job must call it, with groups or without.
-
     Args:
-        groups: of this rank.
+        groups: of this rank; its peers have the same ones.
         device: whose tensors they take.
     """
     if device.type == "cpu":
         return [None if _alone(group) else group for group in groups]
     own = [() if _alone(group) else tuple(dist.get_process_group_ranks(group)) for group in groups]
-    wanted = sorted({ranks for theirs in gather_objects(own) for ranks in theirs if ranks})
-    made = {ranks: dist.new_group(list(ranks), backend="gloo") for ranks in wanted}
+    # In one order on all ranks, so that no two wait for each other.
+    made = {ranks: host_group(ranks) for ranks in sorted(set(own)) if ranks}
     return [made.get(ranks) for ranks in own]
+
+
+def host_group(ranks: Sequence[int] | None = None, timeout: timedelta | None = None) -> Any:
+    """A group that takes tensors on the CPU, called by its members alone: under NCCL others would join in a split.
+
+    Args:
+        ranks: of the group; None for all.
+        timeout: of its collectives; torch's own by default.
+
+    Raises:
+        RuntimeError: the hosts cannot reach each other by their own names.
+    """
+    try:
+        every = list(range(dist.get_world_size())) if ranks is None else list(ranks)
+        return dist.new_group(every, timeout, backend="gloo", use_local_synchronization=True)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the hosts cannot meet over gloo ({str(error).splitlines()[0]}), by which small messages go also where "
+            "NCCL does the work: set GLOO_SOCKET_IFNAME to the network interface that joins them"
+        ) from error
 
 
 def to_host(tensor: Tensor) -> tuple[Tensor, Any]:

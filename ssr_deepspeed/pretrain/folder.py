@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
+import socket
+import time
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -20,6 +23,8 @@ from ssr_deepspeed.pretrain.manifest import Manifest, by_step, set_aside
 from ssr_deepspeed.pretrain.signals import say
 
 Existing = Literal["refuse", "resume", "weights", "overwrite"]
+LEASE = 120.0
+"""Seconds after which file servers let go of what a lost host had locked; NFS 4's usual lease is 90."""
 
 
 def claim(folder: Path, settings: dict[str, Any], existing: Existing) -> TextIO:
@@ -35,11 +40,14 @@ def claim(folder: Path, settings: dict[str, Any], existing: Existing) -> TextIO:
     """
     file = folder / "config.json"
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("w")
-    try:  # released by the system when this process ends, however it ends
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock = (folder / ".lock").open("a+")
+    try:
+        _lock(lock, folder)
     except BlockingIOError:
-        raise ValueError(f"another process is still writing to {folder}: wait for it or end it") from None
+        raise ValueError(
+            f"another process is still writing to {folder}{_holder(lock)}: wait for it or end it; if its host is down, "
+            f"remove {lock.name}"
+        ) from None
     except OSError as error:
         say(f"WARNING: {folder} cannot be locked ({error.strerror}): see that no other run writes there")
     if existing == "overwrite":
@@ -49,6 +57,35 @@ def claim(folder: Path, settings: dict[str, Any], existing: Existing) -> TextIO:
             raise ValueError(f"{folder} holds a run already: --resume it, --overwrite it or name another --output")
         _check_same(json.loads(file.read_text(encoding="utf-8")), settings, file, existing == "weights")
     return lock
+
+
+def _lock(lock: TextIO, folder: Path) -> None:
+    """Lock it, and leave a note of who has. The system lets go when a process ends, however it ends.
+
+    A file server does so for a host that is lost only after a while: so another host's lock is waited for.
+    """
+    host, deadline, told = socket.gethostname(), time.monotonic() + LEASE, False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            holder = _holder(lock)
+            if not holder or f"host {host}," in holder or time.monotonic() > deadline:
+                raise
+            if not told:
+                say(f"{folder} is held by another process{holder}: waiting for it, at most {LEASE:g} s")
+            told = True
+            time.sleep(0.5)
+    lock.truncate(0)
+    lock.write(f"host {host}, process {os.getpid()}")
+    lock.flush()
+
+
+def _holder(lock: TextIO) -> str:
+    lock.seek(0)
+    found = lock.read().strip()
+    return f" ({found})" if found else ""
 
 
 def begin(folder: Path, settings: dict[str, Any], start: Manifest | None) -> None:

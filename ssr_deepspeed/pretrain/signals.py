@@ -23,6 +23,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from ssr_deepspeed.collectives import host_group
 from ssr_deepspeed.files import replace_text
 
 LOST = 69
@@ -139,7 +140,7 @@ class Agreement:
         self._group, self._work = None, None
         if dist.get_world_size() > 1:
             # Of its own also beside gloo's: the default group's collectives would be out of order.
-            self._group = dist.new_group(backend="gloo", timeout=timeout)
+            self._group = host_group(timeout=timeout)
 
     def ask(self) -> None:
         """Begin; every rank calls it, and `agreed` afterwards."""

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 
 import deepspeed
 import pytest
@@ -11,7 +12,7 @@ from deepspeed.moe.sharded_moe import TopKGate
 from deepspeed.utils import logger
 
 import ssr_deepspeed
-from ssr_deepspeed.collectives import host_groups
+from ssr_deepspeed.collectives import host_group, host_groups
 from ssr_deepspeed.config import SSRConfig
 from ssr_deepspeed.gate import SSRGate
 from tests.gloo import run_ranks
@@ -199,6 +200,10 @@ def _unequal_capacities():
     assert out.shape == unequal.shape
     alone = [dist.new_group([0]), dist.new_group([1])][rank]
     assert host_groups([None, alone], torch.device("meta")) == [None] * 2
+    os.environ["GLOO_SOCKET_IFNAME"] = "nowhere0"
+    with pytest.raises(RuntimeError, match=r"cannot meet over gloo \(.*: set GLOO_SOCKET_IFNAME"):
+        host_group()
+    del os.environ["GLOO_SOCKET_IFNAME"]
     return said
 
 

@@ -1,0 +1,40 @@
+import fcntl
+import os
+import socket
+import threading
+
+import pytest
+
+from ssr_deepspeed.pretrain import folder
+from ssr_deepspeed.pretrain.folder import claim
+
+
+def held(path, note):
+    """The lock on a run's folder, by another open file."""
+    file = (path / ".lock").open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    file.write(note)
+    file.flush()
+    return file
+
+
+def test_a_run_of_this_host_that_still_writes_is_named_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder.time, "sleep", None)
+    with claim(tmp_path, {}, "refuse"):
+        host = socket.gethostname()
+        with pytest.raises(
+            ValueError, match=rf"still writing to .* \(host {host}, process {os.getpid()}\): wait for it"
+        ):
+            claim(tmp_path, {}, "resume")
+    claim(tmp_path, {}, "resume").close()
+
+
+def test_the_lock_of_a_host_that_is_lost_is_waited_for(tmp_path, monkeypatch, capsys):
+    other = held(tmp_path, "host elsewhere, process 7")
+    threading.Timer(0.2, other.close).start()
+    claim(tmp_path, {}, "resume").close()
+    assert "is held by another process (host elsewhere, process 7): waiting for it" in capsys.readouterr().err
+    monkeypatch.setattr(folder, "LEASE", 0.0)
+    named = pytest.raises(ValueError, match=r"\(host elsewhere, process 8\): .* if its host is down, remove .*\.lock")
+    with held(tmp_path, "host elsewhere, process 8"), named:
+        claim(tmp_path, {}, "resume")
