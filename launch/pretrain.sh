@@ -271,6 +271,11 @@ run_ranks() {
   run "${command[@]}" || status=$?
   if [[ -s $SSR_EXIT_FILE ]]; then
     status=$(<"$SSR_EXIT_FILE")
+    if [[ $status == 75 && -z $stopped && ! -e $SSR_EXIT_FILE.begun ]]; then
+      # Of those that torchrun ended: a scheduler would start it again and again.
+      printf 'pretrain.sh: a rank ended before training had begun, and torchrun ended the others\n' >&2
+      status=1
+    fi
   elif [[ $status == 1 && -z $again && -e $SSR_EXIT_FILE.begun ]]; then
     printf 'pretrain.sh: a rank was killed, or crashed, and the others of this machine left no word\n' >&2
     status=69

@@ -168,7 +168,9 @@ RAN = "ssr_deepspeed.pretrain " + " ".join(RUN)
     [
         ("exit 0", 0),
         ("exit 1", 1),
-        ('echo 75 >"$SSR_EXIT_FILE"; exit 1', 75),
+        ('touch "$SSR_EXIT_FILE.begun"; echo 75 >"$SSR_EXIT_FILE"; exit 1', 75),
+        # One rank fails at the start, and torchrun ends the others with SIGTERM.
+        ('echo 75 >"$SSR_EXIT_FILE"; exit 1', 1),
         ('echo 74 >"$SSR_EXIT_FILE"; exit 1', 74),
         # Killed, while training: by the system for its memory, or by NCCL.
         ('touch "$SSR_EXIT_FILE.begun"; exit 1', 69),
@@ -210,7 +212,8 @@ def test_a_restart_resumes_as_the_first_start_did(resume, fake, tmp_path):
 
 @pytest.mark.parametrize("status", [2, 74, 75, 130])
 def test_what_a_restart_cannot_mend_ends_at_once(status, fake, tmp_path):
-    process = fake(f'echo {status} >"$SSR_EXIT_FILE"; exit 1', "--no-preflight", "--max-restarts", "5")
+    behaviour = f'touch "$SSR_EXIT_FILE.begun"; echo {status} >"$SSR_EXIT_FILE"; exit 1'
+    process = fake(behaviour, "--no-preflight", "--max-restarts", "5")
     process.communicate(timeout=60)
     assert process.returncode == status
     assert calls(tmp_path) == [RAN]
