@@ -36,12 +36,15 @@ from ssr_deepspeed.ot.newton import (
     reduce_terms,
     solve_directly,
 )
-from ssr_deepspeed.ot.problem import Rows, Solution, Sum, positive, prepare, readable, start_at
+from ssr_deepspeed.ot.problem import Rows, Solution, Sum, ended, positive, prepare, start_at
 
 # From between the k-th and (k + 1)-th score, Newton steps after which column sums are good to a thousandth.
 _FEW = 2
 # Where a token's experts are far apart the slope is rounding alone, and so would the step be: there any shift serves.
 _LONGEST = 4.0
+# Turns between two looks on an accelerator. Of random fp32 scores, at entropies of 1 to 1/20 of their spread, all
+# rows have found their shift in the fourth turn or the fifth; a turn is 20 kernels.
+_LOOK = 5
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,15 @@ def solve_capacity(
     """Find potentials under which every expert is asked for `k T / E` routes, up to the entropy.
 
     Counts are even only as the entropy goes to zero; from a cold start it is annealed down to
-    `entropy`. The error is that of the columns; rows sum to k as far as their scores have digits.
+    `entropy`. The error is that of the columns; rows sum to k as far as their scores have digits. On an
+    accelerator the host waits for the device once or twice an iteration: not a solve for every step.
 
     Args:
         scores: compatibility `C [T, E]`, any float dtype; computed in fp32, fp64 stays.
         entropy: `xi > 0`, in units of the scores.
         k: experts a token, 1 to E. With `k = E` every route is taken: potentials zero, shifts `-inf`.
-        mask, tolerance, max_iterations, initial, reduce: as for `solve`; one collective an iteration.
+        mask, tolerance, max_iterations, initial, reduce: as for `solve`; one collective an iteration, on an
+            accelerator two.
 
     Raises:
         ValueError: as `solve`, and for k below 1 or above E (a token uses no expert twice).
@@ -87,7 +92,7 @@ def solve_capacity(
         # Whom a token leaves out is the same problem with all signs changed; the sweeps do better on few.
         sign = -1 if 2 * k > experts else 1
         chosen = experts - k if sign < 0 else k
-        rows = prepare(sign * scores, entropy, mask, reduce)
+        rows = prepare(sign * scores, entropy, mask, reduce, rare=True)
         start_E = start_at(initial, rows)
         if k == experts:
             none = torch.zeros_like(rows.target)
@@ -172,12 +177,12 @@ def row_shifts(scaled_TE: Tensor, k: int) -> Tensor:
     low_T, high_T = scaled_ET.amin(0) - offset, scaled_ET.amax(0) - offset
     shift_T = _first_shifts(scaled_ET, k).clamp(low_T, high_T)
     enough = 8 * torch.finfo(scaled_TE.dtype).eps * k
-    for _ in range(60):  # in which bisection alone halves fp32's whole mantissa twice over
+    for turn in range(60):  # in which bisection alone halves fp32's whole mantissa twice over
         plan_ET = torch.sigmoid(scaled_ET - shift_T)
         total_T = plan_ET.sum(0)
         excess_T = total_T - k
         found_T = excess_T.abs() <= enough
-        if readable(excess_T) and bool(found_T.all()):
+        if ended(found_T, turn, _LOOK):
             break
         low_T = torch.where(excess_T > 0, shift_T, low_T)
         high_T = torch.where(excess_T < 0, shift_T, high_T)

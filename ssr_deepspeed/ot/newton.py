@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssr_deepspeed.ot.problem import Rows, Solution, positive, readable
+from ssr_deepspeed.ot.problem import Rows, Solution, positive
 from ssr_deepspeed.ot.sns import conjugate_gradient
 
 # Found on 40 problems, E 8 to 256, entropy 1 to 0.01, solved to 1e-9: without annealing Newton stalls at 0.01.
@@ -168,11 +168,11 @@ def minimise(
 ) -> Solution:
     """Minimise a semi-dual by the safeguarded Newton iteration.
 
-    Every turn evaluates one trial point and accepts it or shortens the step, so all ranks, and an
-    accelerator that the host does not read, do the same number of turns: those after the end change
-    nothing. The first turn evaluates the start at the entropy asked for; only if that is far from
-    balanced (relative error above 0.5) is the entropy annealed. Where the cap comes before the end of
-    that, the better of the start and the last potentials is returned.
+    Every turn evaluates one trial point and accepts it or shortens the step, so that all ranks do the
+    same number of turns: those after the end change nothing, and are run where the host does not read
+    the device (`Rows.ended`). The first turn evaluates the start at the entropy asked for; only if that
+    is far from balanced (relative error above 0.5) is the entropy annealed. Where the cap comes before
+    the end of that, the better of the start and the last potentials is returned.
 
     Args:
         evaluate: the problem.
@@ -196,7 +196,7 @@ def minimise(
             stage = _next_stage(moved, entropy)
         moved = _cool(moved, stage)
         state = _State(*(torch.where(state.done, old, new) for old, new in zip(state, moved, strict=True)))
-        if readable(state.done) and state.done:
+        if rows.ended(state.done, turn, every=1):  # a turn is hundreds of kernels
             potential_E, error = state.potential_E, state.error
             break
     else:  # annealing may have been cut short: the last error may be that of another entropy

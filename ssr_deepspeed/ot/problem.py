@@ -97,6 +97,8 @@ class Rows:
     blank: Tensor
     """`s` if no token takes part, else 0: what columns then are, so that there is nothing to solve."""
     reduce: Sum | None
+    rare: bool = False
+    """Whether the solve is not one of every step, so that the host may wait for an accelerator."""
 
     def scaled(self, potential_E: Tensor, entropy: float | Tensor) -> Tensor:
         """`(C + g) / xi [T, E]` up to a constant for each row, which no plan knows: near 0 at the largest score.
@@ -110,8 +112,12 @@ class Rows:
         """Sum over all ranks, in fp64; one collective."""
         return tensor.double() if self.reduce is None else self.reduce(tensor.double())
 
+    def ended(self, done: Tensor, turn: int, every: int) -> bool:
+        """Whether to leave the iteration, on all ranks: `ended`, but on an accelerator only in a rare solve."""
+        return (self.rare or readable(done)) and ended(done, turn, every, self.reduce)
 
-def prepare(scores: Tensor, entropy: float, mask: Tensor | None, reduce: Sum | None) -> Rows:
+
+def prepare(scores: Tensor, entropy: float, mask: Tensor | None, reduce: Sum | None, rare: bool = False) -> Rows:
     """Check a problem and set up its rows; one call of `reduce`, for the number of tokens.
 
     Rows with a NaN or an infinity are left out, so that one bad token does not spoil the
@@ -140,7 +146,7 @@ def prepare(scores: Tensor, entropy: float, mask: Tensor | None, reduce: Sum | N
     spread = torch.cat([highest_T - lowest_T, highest_T.new_zeros(1)]).max()
     some = count.clamp_min(1.0)
     target = some / scores.shape[1]
-    return Rows(scores, highest_T, spread, weight_T, some, target, target * (count < 1), reduce)
+    return Rows(scores, highest_T, spread, weight_T, some, target, target * (count < 1), reduce, rare)
 
 
 def start_at(initial: Tensor | None, rows: Rows) -> Tensor:
@@ -166,3 +172,26 @@ def positive(column_E: Tensor) -> Tensor:
 def readable(tensor: Tensor) -> bool:
     """Whether the host may read a tensor's value for free: on the CPU, neither traced nor fake."""
     return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+
+
+def ended(done: Tensor, turn: int, every: int, reduce: Sum | None = None) -> bool:
+    """Whether to leave a loop whose further turns change nothing: they would be launched all the same.
+
+    On an accelerator the host waits for the device, so it looks at the last of each `every` turns, and only solves
+    that not every step makes may ask. Where a graph is traced or captured nobody looks, and all turns are run.
+
+    Args:
+        done: bool, of any shape; all of it must be set.
+        turn: from 0.
+        every: turns between two looks on an accelerator; on the CPU each turn looks.
+        reduce: of a loop with collectives, called once a look on an accelerator. Its ranks must leave together, and
+            what they make of equal sums may differ in the last digit between devices.
+    """
+    if readable(done):
+        return bool(done.all())
+    if (turn + 1) % every or torch.compiler.is_compiling() or type(done) is not Tensor:
+        return False
+    if done.is_meta or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        return False
+    done = done.all()
+    return bool(done if reduce is None else reduce((~done).double()) == 0)

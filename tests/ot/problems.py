@@ -1,6 +1,9 @@
 """Scores that routers really produce, and the ones that break solvers."""
 
+from collections import Counter
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 KINDS = ["random", "collapsed", "clustered", "one-hot", "constant", "one expert", "fewer tokens than experts"]
 
@@ -19,3 +22,20 @@ def problem(kind, tokens=96, experts=8):
         "one expert": noise[:, :1],
         "fewer tokens than experts": noise[:3],
     }[kind]
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations while it is entered."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def reads(self):
+        """How often the host has read a value: on an accelerator it waits for that."""
+        return self.counts["_local_scalar_dense"]

@@ -6,13 +6,21 @@ import scipy.optimize
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import ssr_deepspeed.ot.capacity
+import ssr_deepspeed.ot.problem
 from ssr_deepspeed.ot import solve_capacity
 from ssr_deepspeed.ot.capacity import capacity_columns, row_shifts
+from ssr_deepspeed.ot.problem import ended
 from tests.gloo import run_ranks
-from tests.ot.problems import problem
+from tests.ot.problems import Operations, problem
 
 KINDS = ["random", "collapsed", "clustered", "one-hot", "constant", "fewer tokens than experts"]
+
+
+def as_on_an_accelerator(monkeypatch, captured=False):
+    """Let values of CPU tensors cost a wait, or be out of reach as in a CUDA graph."""
+    monkeypatch.setattr(ssr_deepspeed.ot.problem, "readable", lambda tensor: False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: captured)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
 
 
 def dense(scores, solution, entropy):
@@ -145,11 +153,61 @@ def test_nothing_is_read_from_the_device():
         assert solve_capacity(torch.randn(32, 8), 1.0, 2, max_iterations=3).shifts.shape == (32,)
 
 
-def _solve_my_share(bounds):
+@pytest.mark.parametrize("k", [2, 6])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_accelerator_is_asked_rarely_and_ends_where_the_cpu_does(monkeypatch, kind, k):
+    scores = problem(kind, 96).float()
+    near = solve_capacity(scores + 0.1 * torch.randn(scores.shape), 0.3, k).potentials
+    solutions = []
+    for captured in (None, False, True):
+        if captured is not None:
+            as_on_an_accelerator(monkeypatch, captured)
+        with Operations() as operations:
+            solutions.append(solve_capacity(scores, 0.3, k, initial=near))
+    for solution in solutions:
+        for name in ("potentials", "error", "iterations", "shifts"):
+            assert torch.equal(getattr(solution, name), getattr(solutions[0], name)), name
+    assert operations.reads == 0, "of the last, in a CUDA graph"
+
+
+@pytest.mark.parametrize(("warm", "kernels", "reads"), [(True, 1500, 12), (False, 5000, 50)])
+def test_on_an_accelerator_a_solve_takes_hundreds_of_kernels_and_not_a_hundred_thousand(
+    monkeypatch, warm, kernels, reads
+):
+    generator = torch.Generator().manual_seed(4)
+    leaning_E = torch.randn(64, generator=generator)
+    scores, before = (torch.randn(2048, 64, generator=generator) + leaning_E for _ in range(2))
+    near = solve_capacity(before, 0.3, 2).potentials if warm else None
+    as_on_an_accelerator(monkeypatch)
+    with Operations() as operations:
+        solution = solve_capacity(scores, 0.3, 2, initial=near)
+    solution.check()
+    assert operations.counts.total() < kernels
+    assert operations.reads < reads
+
+
+def test_on_an_accelerator_no_rank_leaves_before_the_others(monkeypatch):
+    done, looks = torch.tensor(True), []
+
+    def with_one_that_goes_on(going_on):
+        looks.append(float(going_on))
+        return going_on + 1
+
+    assert ended(done, 0, 2, with_one_that_goes_on) and not looks, "on the CPU the host just reads"
+    as_on_an_accelerator(monkeypatch)
+    assert not ended(done, 0, 2, with_one_that_goes_on) and not looks
+    assert not ended(done, 1, 2, with_one_that_goes_on) and looks == [0.0]
+    assert ended(done, 1, 2, lambda going_on: going_on)
+    assert not ended(~done, 1, 2, lambda going_on: going_on)
+
+
+def _solve_my_share(bounds, on_an_accelerator):
     import torch.distributed as dist
 
     from ssr_deepspeed.collectives import sum_over
 
+    if on_an_accelerator:  # in a process of its own
+        ssr_deepspeed.ot.problem.readable = lambda tensor: False
     rank = dist.get_rank()
     mine = slice(bounds[rank], bounds[rank + 1])
     scores, mask = problem("clustered")[mine], (torch.arange(96) % 7 != 0)[mine]
@@ -158,11 +216,12 @@ def _solve_my_share(bounds):
     return solution.potentials.tolist(), solution.shifts.tolist()
 
 
-def test_three_ranks_with_unequal_and_no_tokens_give_one_processs_potentials(tmp_path):
+@pytest.mark.parametrize("on_an_accelerator", [False, True])
+def test_three_ranks_with_unequal_and_no_tokens_give_one_processs_potentials(tmp_path, on_an_accelerator):
     whole = solve_capacity(
         problem("clustered"), 0.1, 2, mask=torch.arange(96) % 7 != 0, tolerance=1e-9, max_iterations=100
     ).check()
-    shares = run_ranks(3, _solve_my_share, [0, 70, 70, 96], folder=tmp_path)
+    shares = run_ranks(3, _solve_my_share, [0, 70, 70, 96], on_an_accelerator, folder=tmp_path)
     for potentials, _ in shares:
         torch.testing.assert_close(torch.tensor(potentials, dtype=torch.float64), whole.potentials, rtol=0, atol=1e-10)
     shifts = torch.tensor([shift for _, theirs in shares for shift in theirs], dtype=torch.float64)
@@ -180,8 +239,8 @@ def _spread_rows(k):
 @pytest.mark.parametrize("looks", [True, False])
 @pytest.mark.parametrize("k", [1, 2, 4, 7])
 def test_rows_keep_the_shift_they_have_found_while_others_go_on(monkeypatch, k, looks):
-    """Also where the host does not look, and all rows go on to the end."""
-    monkeypatch.setattr(ssr_deepspeed.ot.capacity, "readable", lambda tensor: looks)
+    """Also where the host looks rarely or never, and all rows go on."""
+    as_on_an_accelerator(monkeypatch, captured=not looks)
     scaled_TE = _spread_rows(k)
     shift_T = row_shifts(scaled_TE, k).double()
     sum_T = torch.sigmoid(scaled_TE.double() - shift_T.unsqueeze(1)).sum(1)

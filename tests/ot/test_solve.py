@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import ssr_deepspeed.ot.newton as newton
 import ssr_deepspeed.ot.problem as problem_module
 import ssr_deepspeed.ot.sinkhorn as sinkhorn
 import ssr_deepspeed.ot.solver as solver
@@ -22,7 +21,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 def read_nothing(monkeypatch):
     """Make the solvers treat CPU tensors as those of a device."""
-    for module in (sinkhorn, newton, problem_module, solver):
+    for module in (sinkhorn, problem_module, solver):
         monkeypatch.setattr(module, "readable", lambda tensor: False)
 
 
