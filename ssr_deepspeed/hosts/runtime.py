@@ -183,8 +183,9 @@ def _introduce_peers(gates: dict[str, Router], engine: DeepSpeedEngine) -> None:
 
 
 def _torch_scaler(engine: DeepSpeedEngine) -> Any:
-    """torch's own loss scaler, which DeepSpeed uses for fp16 by autocast under ZeRO 0."""
-    return getattr(engine, "torch_autocast_z0_gradscaler", None)
+    """torch's own loss scaler, used for fp16 by autocast: the engine's, or under ZeRO its optimizer's."""
+    scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    return getattr(engine.optimizer, "torch_autocast_gradscaler", None) if scaler is None else scaler
 
 
 def _skipped_by_torch(engine: DeepSpeedEngine, scale: float) -> bool:
