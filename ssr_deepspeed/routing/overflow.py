@@ -108,6 +108,9 @@ class _Board:
     """bool, whether a token has a slot at an expert."""
     free_E: Tensor
     """int64, slots left."""
+    yes: Tensor
+    """True as a 0-dim bool tensor: Python's would be copied to the device at each assignment, which waits for it."""
+    no: Tensor
 
     @classmethod
     def start(cls, experts_TK: Tensor, asked_TK: Tensor, kept_TK: Tensor, count: int, capacity: int) -> _Board:
@@ -118,6 +121,8 @@ class _Board:
             torch.cat([asked_TK, spare_1K.bool()]),
             asked_TK.new_zeros(tokens + 1, count + 1),
             experts_TK.new_full((count + 1,), capacity),
+            asked_TK.new_ones(()),
+            asked_TK.new_zeros(()),
         )
         board.seat(torch.arange(tokens, device=experts_TK.device), experts_TK, kept_TK)
         return board
@@ -143,7 +148,7 @@ class _Board:
         column_AK = torch.where(granted_AK, wish_AK, self.free_E.shape[0] - 1)
         self.experts_TK[rows_A] = torch.where(granted_AK, wish_AK, self.experts_TK[rows_A])
         self.open_TK[rows_A] = self.open_TK[rows_A] & ~granted_AK
-        self.taken_TE[rows_A.unsqueeze(1), column_AK] = True
+        self.taken_TE[rows_A.unsqueeze(1), column_AK] = self.yes
         self.free_E.scatter_add_(0, column_AK.reshape(-1), -granted_AK.reshape(-1).long())
 
 
@@ -199,16 +204,16 @@ def _swap(board: _Board, rows_A: Tensor, scaled_TE: Tensor, used_T: Tensor, turn
     column_A1 = change_AK.argmax(dim=1, keepdim=True)
     gift_A = gift_AK.gather(1, column_A1).squeeze(1)
     board.experts_TK[donor_A, column_A1.squeeze(1)] = wish_A
-    board.taken_TE[donor_A, torch.where(swapped_A, gift_A, count)] = False
-    board.taken_TE[donor_A, torch.where(swapped_A, wish_A, count)] = True
+    board.taken_TE[donor_A, torch.where(swapped_A, gift_A, count)] = board.no
+    board.taken_TE[donor_A, torch.where(swapped_A, wish_A, count)] = board.yes
 
     placed_A = direct_A | swapped_A
     row_A = torch.where(placed_A, rows_A, tokens)
     column_A = board.open_TK[row_A].long().argmax(dim=1)
     expert_A = torch.where(direct_A, wish_A, gift_A)
     board.experts_TK[row_A, column_A] = expert_A
-    board.open_TK[row_A, column_A] = False
-    board.taken_TE[row_A, torch.where(placed_A, expert_A, count)] = True
+    board.open_TK[row_A, column_A] = board.no
+    board.taken_TE[row_A, torch.where(placed_A, expert_A, count)] = board.yes
     board.free_E.scatter_add_(0, wish_A, -placed_A.long())
 
 

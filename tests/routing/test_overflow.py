@@ -17,6 +17,7 @@ from scipy.sparse.csgraph import maximum_flow
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssr_deepspeed.routing import fill_slots, overflow, place_overflow, route
+from tests.waits import NumbersAssigned
 
 KINDS = ("random", "clustered", "leaning", "collapsed", "one-hot", "constant")
 
@@ -222,3 +223,11 @@ def test_nothing_is_read_from_the_device_and_it_compiles_into_one_graph(k):
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in arguments]
         assert place_overflow(*fake).kept_TK.shape == (40, k)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_no_number_goes_to_the_device_by_a_copy_that_waits(k):
+    plan, scores = problem("leaning", 40, 8, k, 10, padded=True)
+    with mock.patch.object(overflow, "readable", lambda _: False), NumbersAssigned() as numbers:
+        place_overflow(plan.experts_TK, plan.log_mass_TK, scores, 16, plan.used_T)
+    assert numbers.found == []
