@@ -383,7 +383,7 @@ class LoadMonitor:
         slots_L = torch.tensor(self._slots, dtype=torch.float64, device="cpu", pin_memory=total.device.type == "cuda")
         parts["slots"][:, 0] += slots_L.to(total.device, non_blocking=True)
         for layer in self._places:
-            parts["present"][layer, self._rank] = 1
+            parts["present"][layer, self._rank].fill_(1)  # assigned, a number is copied, and the device waited for
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(total)
         return total

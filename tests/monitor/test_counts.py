@@ -9,6 +9,7 @@ from ssr_deepspeed.monitor import METRICS, LoadMonitor, layer_metrics, model_met
 from ssr_deepspeed.monitor.sinks import engine_events, load_records, scalars
 from ssr_deepspeed.ot import Solution
 from ssr_deepspeed.routing import max_violation
+from tests.waits import NumbersAssigned
 
 
 def make_monitor(interval=2, experts=(4, 3), copies=1):
@@ -129,7 +130,9 @@ def test_a_straggler_is_the_fullest_rank_of_each_micro_batch_and_then_the_mean(m
     for load in ([3, 3, 1, 1], [0, 2, 3, 3]):
         monitor.add(0, **counted(load))
         monitor.add(1, **counted(load))
-    window = monitor.end_step(1)
+    with NumbersAssigned() as numbers:
+        window = monitor.end_step(1)
+    assert numbers.found == [], "a device would have been waited for"
     assert window.received_GLR[:, 0].tolist() == [[12, 4], [4, 12]]
     window.present_LR[0] = 1  # as the other rank would say
     # By micro-batch 6 of 4 on average each; summed first, nobody would be late.
