@@ -85,12 +85,12 @@ def _contract_of(
     logits_TE = logits.matrix().float()
     logits_at = next((at for at, value in enumerate(output[:weights_at]) if _is_same(value, logits_TE)), None)
     contract = HostContract(experts, width, k, weights_at, indices_at, logits_at, linear if calls else None)
-    favourite_T = torch.arange(_TOKENS) % experts
+    favourite_T = torch.arange(_TOKENS, device="cpu") % experts
     shifted_TE = logits_TE + 50.0 * torch.nn.functional.one_hot(favourite_T, experts)
     found_TK = _again(router, inputs, contract, shifted_TE, None)[indices_at]
     if not bool((found_TK == favourite_T.unsqueeze(1)).any(1).all()):
         raise _UnservableError("it does not choose the experts with the largest logits")
-    wanted_TK = (favourite_T.unsqueeze(1) + torch.arange(k)) % experts
+    wanted_TK = (favourite_T.unsqueeze(1) + torch.arange(k, device="cpu")) % experts
     found_TK = _again(router, inputs, contract, logits_TE, wanted_TK)[indices_at]
     if not torch.equal(found_TK, wanted_TK):
         raise _UnservableError("it does not take what one top-k over all experts gives it")

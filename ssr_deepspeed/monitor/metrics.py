@@ -41,9 +41,9 @@ def model_metrics(layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _of_loads(window: LoadWindow, load_LE: Tensor) -> dict[str, Tensor]:
-    experts_L = torch.tensor(window.experts, dtype=torch.float64)
+    experts_L = torch.tensor(window.experts, dtype=torch.float64, device="cpu")
     # Layers with fewer experts than the widest have columns that stand for none.
-    real_LE = torch.arange(load_LE.shape[1]) < experts_L.unsqueeze(1)
+    real_LE = torch.arange(load_LE.shape[1], device="cpu") < experts_L.unsqueeze(1)
     mean_L = load_LE.sum(1) / experts_L
     ratio_LE = load_LE / mean_L.unsqueeze(1)
 
@@ -86,7 +86,7 @@ def _of_samples(window: LoadWindow) -> dict[str, Tensor]:
     width = (window.sampled_LX.shape[1] - SAMPLED) // 2
     sums_LX, before_LE, after_LE = window.sampled_LX.split([SAMPLED, width, width], 1)
     tokens_L, spoilt_L, entropy_L, surprise_L, routes_L, elsewhere_L, potential_L, samples_L = sums_LX.unbind(1)
-    experts_L = torch.tensor(window.experts, dtype=torch.float64)
+    experts_L = torch.tensor(window.experts, dtype=torch.float64, device="cpu")
     return {
         "router_entropy": entropy_L / tokens_L / experts_L.log(),
         "top_k_mass": (-surprise_L / tokens_L).exp(),

@@ -27,7 +27,7 @@ def _adaptive(rows: Rows, entropy: float, tolerance: float, max_iterations: int,
     sweeps = _SWEEPS_FIRST
     if readable(rows.spread):
         # One answer for all ranks, or their collectives would not match.
-        dear = rows.total(torch.tensor(not has_cheap_sweeps(rows, entropy)))
+        dear = rows.total(torch.tensor(not has_cheap_sweeps(rows, entropy), device="cpu"))
         sweeps = 0 if dear else sweeps
     if rows.scores_TE.shape[1] > _MOST_EXPERTS:
         sweeps = max_iterations

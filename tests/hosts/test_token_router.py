@@ -181,6 +181,15 @@ def test_autoeps_counts_equal_its_indices_and_hooks_on_its_gate_see_the_raw_logi
     assert router.gate.weight.grad.abs().max() > 0
 
 
+def test_a_router_is_found_under_another_default_device():
+    router = autoep_router()
+    model = tiny_model("mixtral")
+    expected = inspect_host(router), find_token_routers(model)
+    assert isinstance(expected[0], HostContract)
+    with torch.device("meta"):
+        assert (inspect_host(router), find_token_routers(model)) == expected
+
+
 def test_weights_keep_the_hosts_dtype():
     for family in ("mixtral", "qwen3_moe", "gpt_oss", "jamba"):
         model = tiny_model(family).to(torch.bfloat16).train()

@@ -117,6 +117,16 @@ def test_a_full_expert_dispatches_what_it_has_slots_for_and_the_slots_are_counte
     assert figures["layer 1"]["slot_fill"] is None
 
 
+def test_figures_are_the_same_under_another_default_device():
+    monitor = make_monitor(interval=1)
+    monitor.add(0, **counted([4, 0, 2, 2], [3, 0, 2, 2]))
+    monitor.add(1, **counted([1, 1, 2], [1, 1, 2]))
+    window = monitor.end_step(0)
+    expected = layer_metrics(window)
+    with torch.device("meta"):
+        assert layer_metrics(window) == expected
+
+
 def test_a_straggler_is_the_fullest_rank_of_each_micro_batch_and_then_the_mean(monkeypatch):
     """Rank 0 holds the first two experts, rank 1 the others, and both count the same."""
     monkeypatch.setattr(ssr_deepspeed.monitor.counts.dist, "is_initialized", lambda: True)

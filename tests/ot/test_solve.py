@@ -194,6 +194,15 @@ def test_adaptive_off_the_cpu_converges_at_any_scale(scale, monkeypatch):
     solve(scale * problem("clustered", 512, 16), 1.0, method="adaptive").check()
 
 
+@every_method
+def test_the_default_device_plays_no_part(method):
+    scores = problem("clustered")
+    expected = solve(scores, 0.3, method=method, reduce=lambda tensor: tensor.clone())
+    with torch.device("meta"):
+        found = solve(scores, 0.3, method=method, reduce=lambda tensor: tensor.clone())
+    assert torch.equal(found.potentials, expected.potentials)
+
+
 def test_adaptive_leaves_newton_out_where_its_systems_are_too_large(monkeypatch):
     monkeypatch.setattr(solver, "_MOST_EXPERTS", 7)
     monkeypatch.setattr(solver, "newton", None)
