@@ -5,7 +5,7 @@ Triton is optional: this package imports without it, and `usable` says where it 
 """
 
 from ssr_deepspeed.kernels.columns import fused_columns
-from ssr_deepspeed.kernels.launch import usable
+from ssr_deepspeed.kernels.launch import launchable, usable
 from ssr_deepspeed.kernels.route import fused_route
 
-__all__ = ["fused_columns", "fused_route", "usable"]
+__all__ = ["fused_columns", "fused_route", "launchable", "usable"]

@@ -9,6 +9,7 @@ Shapes: T tokens, E experts.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 TRITON = importlib.util.find_spec("triton") is not None
 """Looked up once: a traced function could not ask."""
+_answers: bool | None = None
+"""Whether Triton's driver came up, once it has been asked."""
 
 MAX_EXPERTS = 1024
 """A row of them is one tile of registers."""
@@ -39,12 +42,44 @@ def usable(tensor: Tensor, experts: int, k: int = 1) -> bool:
         k: experts a token; 1 where none are chosen.
     """
     return (
-        TRITON
-        and tensor.device.type == "cuda"  # ROCm too
+        tensor.device.type == "cuda"  # ROCm too
         and tensor.dtype == torch.float32
         and 1 <= k <= MAX_CHOICES
         and k <= experts <= MAX_EXPERTS
+        and launchable()
     )
+
+
+def launchable() -> bool:
+    """Whether Triton is there and, as far as is known, reaches the device.
+
+    It is asked once a process, but not while torch traces: routers ask when they are set up on a device. At
+    its first use it builds its driver by a C compiler, which images made for running often lack: the first
+    pass would end the run, though torch alone computes the same.
+    """
+    # Where there is no device its tensors are fake, and nothing will be launched.
+    if TRITON and _answers is None and not torch.compiler.is_compiling() and torch.cuda.is_available():
+        _ask_driver()
+    return TRITON and _answers is not False
+
+
+def _ask_driver() -> None:
+    """Have Triton build its driver; a sentence on stderr if that fails."""
+    global _answers
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+        _answers = True
+    except Exception as error:
+        _answers = False
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(
+            f"SSR cannot use its Triton kernels ({reason}) and goes on with torch alone, which is slower: install "
+            "a C compiler (gcc) and Python's headers (python3-dev), and start again",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 @dataclass(frozen=True)

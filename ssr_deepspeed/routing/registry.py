@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ssr_deepspeed.config import RuleName, SSRConfig
+from ssr_deepspeed.kernels import launchable
 from ssr_deepspeed.routing.carried import Carried
 from ssr_deepspeed.routing.fresh import CapacityPolytope, SBase, Selective
 from ssr_deepspeed.routing.rivals import (
@@ -34,4 +35,6 @@ RULES: dict[RuleName, type[Rule]] = {
 
 def make_rule(config: SSRConfig, experts: int, width: int, k: int, device: torch.device) -> Rule:
     """The rule that `config.rule` names, for a router of that many experts whose input is that wide."""
+    if device.type == "cuda":
+        launchable()  # a compiled gate could not ask
     return RULES[config.rule](config, experts, width, k, device)

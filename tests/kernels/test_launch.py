@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ssr_deepspeed.config import SSRConfig
+from ssr_deepspeed.gate import SSRGate
 from ssr_deepspeed.kernels import launch, usable
+from ssr_deepspeed.routing import make_rule
 
 COMPILE = """
 import triton
@@ -57,6 +60,61 @@ def test_the_kernels_compile_for_gpus(tmp_path, experts, k):
     pytest.importorskip("triton")
     code = COMPILE.format(experts=experts, k=k)
     assert run(code, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)) == "compiled\n"
+
+
+class BrokenDriver:
+    """Triton's driver where there is no C compiler."""
+
+    asked = 0
+
+    @property
+    def active(self):
+        self.asked += 1
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable\nor otherwise")
+
+
+@pytest.fixture
+def broken_driver(monkeypatch):
+    runtime = pytest.importorskip("triton.runtime")
+    driver = BrokenDriver()
+    monkeypatch.setattr(runtime, "driver", driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launch, "_answers", None)
+    return driver
+
+
+def test_without_a_c_compiler_the_kernels_are_left_out_and_one_line_says_why(broken_driver, capsys):
+    with FakeTensorMode():
+        scores = torch.empty(10, 8, device="cuda")
+        assert [usable(scores, 8, 2) for _ in range(3)] == [False] * 3
+    assert broken_driver.asked == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Failed to find C compiler" in said and "install a C compiler (gcc)" in said
+
+
+@pytest.mark.parametrize("answers", [None, True, False])
+def test_a_traced_function_takes_the_answer_there_is(monkeypatch, answers):
+    monkeypatch.setattr(launch, "_answers", answers)
+    monkeypatch.setattr(launch, "_ask_driver", None)
+
+    def scaled(x):
+        return x if launch.launchable() is False else x * 2
+
+    compiled = torch.compile(scaled, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 1.0 if answers is False else 2.0))
+
+
+def test_a_router_on_a_device_asks_when_it_is_set_up(broken_driver):
+    with FakeTensorMode():
+        gate = SSRGate(16, 8, config=SSRConfig(rule="ssr"))
+        assert not broken_driver.asked, "on the CPU"
+        gate.ssr.rule = make_rule(gate.ssr.config, 8, 16, 1, torch.device("cuda"))
+    assert broken_driver.asked == 1
+
+
+def test_nobody_asks_for_a_driver_on_the_cpu(broken_driver):
+    assert not usable(torch.empty(10, 8), 8, 2)
+    assert not broken_driver.asked
 
 
 def test_the_kernels_apply_to_fp32_scores_on_a_gpu_within_their_limits(monkeypatch):
