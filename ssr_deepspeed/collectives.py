@@ -30,6 +30,19 @@ def sum_over(group: Any) -> Sum | None:
     return reduce
 
 
+def from_first(group: Any) -> Callable[[Tensor], Tensor]:
+    """What gives every rank of `group` the first one's tensor, in place; of one rank alone its own."""
+    if _alone(group):
+        return lambda tensor: tensor
+    first = dist.get_process_group_ranks(group)[0]
+
+    def spread(tensor: Tensor) -> Tensor:
+        dist.broadcast(tensor, first, group=group)
+        return tensor
+
+    return spread
+
+
 def gather_objects(item: Any, group: Any = None) -> list[Any]:
     """`item` of every rank of `group` (by default all), in rank order, on every rank."""
     if not dist.is_initialized():

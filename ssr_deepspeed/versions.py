@@ -19,7 +19,7 @@ SYMBOLS = {
     "deepspeed.moe.sharded_moe": ["TOPK_GATE_TIMER", "TopKGate"],
     "deepspeed.runtime.engine": ["DeepSpeedEngine"],
     "deepspeed.utils": ["groups"],
-    "deepspeed.utils.bwc": ["bwc_tensor_model_parallel_world_size"],
+    "deepspeed.utils.bwc": ["bwc_tensor_model_parallel_group", "bwc_tensor_model_parallel_world_size"],
 }
 """What is imported of DeepSpeed, by module."""
 

@@ -1,10 +1,11 @@
 """The state of balancing rules at the pace of an engine: committed once per optimizer step, saved with its checkpoints.
 
-At every step the sums that all gates have observed travel in one all-reduce over the ranks that hold the
-same gates, and every rank makes the same next state of them. A step that the loss scaler skipped changes
-nothing. The state is saved in the checkpoint's client state, beside the module's: strict loading keeps
-working with and without it. Every rank saves the state of the whole model, also of other pipeline
-stages' layers.
+At every step the sums that all gates have observed travel in one all-reduce over the ranks that hold the same
+gates, and every rank makes the same next state of them. Tensor-parallel peers take those of their first: each
+sums over other ranks, and a last bit that differs would route one token two ways. A step that the loss scaler
+skipped changes nothing. The state is saved in the checkpoint's client state, beside the module's: strict
+loading keeps working with and without it. Every rank saves the state of the whole model, also of other
+pipeline stages' layers.
 
 Where a trigger decides about transport, what it says is read at once on the CPU and one step later on an
 accelerator, so that no step waits for it. One uneven layer of any stage makes a step of all layers a transport
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ssr_deepspeed.collectives import gather_objects, maximum_over, sum_over, to_host
+from ssr_deepspeed.collectives import from_first, gather_objects, maximum_over, sum_over, to_host
 from ssr_deepspeed.config import LOSS_RULES, SSRConfig, Trigger
 from ssr_deepspeed.router import Router, RouterState
 
@@ -35,6 +36,7 @@ class RuleStates:
         gates: this rank's gates by name.
         layers: names of all gates of the model, over all pipeline stages.
         group: the ranks that hold the same gates and see other tokens.
+        copies: the ranks that hold the same gates and see the same tokens, or None.
         device: where the gates run.
 
     Raises:
@@ -42,10 +44,16 @@ class RuleStates:
     """
 
     def __init__(
-        self, config: SSRConfig, gates: dict[str, Router], layers: list[str], group: Any, device: torch.device
+        self,
+        config: SSRConfig,
+        gates: dict[str, Router],
+        layers: list[str],
+        group: Any,
+        copies: Any,
+        device: torch.device,
     ) -> None:
         self._config, self._gates = config, gates
-        self._total = sum_over(group)
+        self._total, self._agreed = sum_over(group), from_first(copies)
         measures = config.rule in ("ssr", "capacity")  # under other rules a trigger plays no part
         self._trigger = config.probability if measures and isinstance(config.probability, Trigger) else None
         self._observing = [gate for gate in gates.values() if gate.ssr.rule.sums is not None]
@@ -88,7 +96,7 @@ class RuleStates:
         sums = [rule.sums for rule in rules if rule.sums is not None]
         if applied:
             total = torch.cat(sums)
-            total = total if self._total is None else self._total(total)
+            total = self._agreed(total if self._total is None else self._total(total))
             for gate, part in zip(self._observing, total.split([len(part) for part in sums]), strict=True):
                 gate.ssr.rule.commit(part, gate.ssr.transport)
         for part in sums:

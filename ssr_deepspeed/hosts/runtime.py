@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_group, bwc_tensor_model_parallel_world_size
 from torch import nn
 
 from ssr_deepspeed.collectives import host_groups, maximum_over
@@ -64,7 +66,7 @@ class EngineRuntime:
                 for name, gate in self._found.items()
             }
             _introduce_peers(adopted, engine)
-            self._rules = RuleStates(self.config, adopted, self.layers, group, engine.device)
+            self._rules = RuleStates(self.config, adopted, self.layers, group, _same_tokens(), engine.device)
             self._rules.inherit(earlier)
             if not _scales_loss(engine):
                 by_layer = {gate.ssr.layer: gate for gate in adopted.values()}
@@ -166,6 +168,11 @@ def _same_gates(engine: DeepSpeedEngine) -> Any:
     return engine.data_parallel_group if group is None else group
 
 
+def _same_tokens() -> Any:
+    """The tensor-parallel peers, which hold the same gates and see the same tokens; None where there are none."""
+    return bwc_tensor_model_parallel_group(groups.mpu) if bwc_tensor_model_parallel_world_size(groups.mpu) > 1 else None
+
+
 def _introduce_peers(gates: dict[str, Router], engine: DeepSpeedEngine) -> None:
     """Tell the first gate of each kind whom it exchanges buffers with.
 
@@ -177,8 +184,8 @@ def _introduce_peers(gates: dict[str, Router], engine: DeepSpeedEngine) -> None:
         if isinstance(gate, SSRGate) and gate.drop_tokens:
             capacity = (gate.k, gate.capacity_factor, gate.eval_capacity_factor, gate.min_capacity)
             firsts.setdefault((gate.ep_group, gate.router_sizes[0], *capacity), gate)
-    groups = [gate.ep_group for gate in firsts.values()]
-    for gate, peers in zip(firsts.values(), host_groups(groups, engine.device), strict=True):
+    shared = [gate.ep_group for gate in firsts.values()]
+    for gate, peers in zip(firsts.values(), host_groups(shared, engine.device), strict=True):
         gate.ssr.peers = peers
 
 
