@@ -140,7 +140,8 @@ class SolverConfig(Section):
     tolerance: float = 1e-3
     """Relative column error `max_j |c_j - s| / s` at which the potentials are left as they are."""
     max_iterations: int = 50
-    """Cap on sweeps and Newton steps, at least 1. None of them synchronises with the host."""
+    """Cap on sweeps and Newton steps, at least 1. On an accelerator `s_base` runs them all, so that no step waits for
+    the host; the other rules look now and then whether they are done."""
 
     def __post_init__(self) -> None:
         require_choice(self.name, "name", SolverName)

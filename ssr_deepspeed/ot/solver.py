@@ -72,13 +72,14 @@ def solve(
     mask: Tensor | None = None,
     initial: Tensor | None = None,
     reduce: Sum | None = None,
+    rare: bool = False,
 ) -> Solution:
-    """Find the expert potentials of the transport problem, without a host synchronisation.
+    """Find the expert potentials of the transport problem, without a host synchronisation unless it is `rare`.
 
     Stops at the tolerance. On an accelerator the host does not look: all iterations are run and
-    those after the stop change nothing, so the result is the same (but for `"adaptive"`, whose first
-    stage is of fixed length there). The test is on sums over all ranks, so ranks that share a
-    problem stop together.
+    those after the stop change nothing, so the result is the same (but for `"adaptive"`, whose second
+    stage always begins there). The test is on sums over all ranks, so ranks that share a problem
+    stop together.
 
     Args:
         scores: compatibility `C [T, E]`, any float dtype; computed in fp32, fp64 stays. T may be 0.
@@ -96,6 +97,8 @@ def solve(
         reduce: sum over the ranks that share the problem (rows local, columns global): E numbers an
             evaluation of Sinkhorn, `1 + E + E (E + 1) / 2` one of Newton, one call each, and up to three
             calls with one number at the start.
+        rare: not every step solves a problem, so that on an accelerator the host may wait for it now and then
+            to leave out what changes nothing; a further call of `reduce` with one number each time.
 
     Raises:
         ValueError: unknown method, scores not two-dimensional, entropy not positive and finite, mask or
@@ -107,7 +110,7 @@ def solve(
     if method not in _METHODS:
         raise ValueError(f"method = {method!r}; allowed: {list(_METHODS)}")
     with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
-        rows = prepare(scores, entropy, mask, reduce)
+        rows = prepare(scores, entropy, mask, reduce, rare)
         return _METHODS[method](rows, entropy, tolerance, max_iterations, start_at(initial, rows))
 
 

@@ -29,7 +29,13 @@ from ssr_deepspeed.routing.rules import Batch, Choice, Rule, max_violation
 
 
 def solve_for(
-    config: SSRConfig, scores_TE: Tensor, mask: Tensor | None, reduce: Sum | None, initial_E: Tensor | None = None
+    config: SSRConfig,
+    scores_TE: Tensor,
+    mask: Tensor | None,
+    reduce: Sum | None,
+    initial_E: Tensor | None = None,
+    *,
+    rare: bool = True,
 ) -> Solution:
     """Solve the transport problem of one batch of tokens, row mass 1, as the configuration says."""
     return solve(
@@ -41,6 +47,7 @@ def solve_for(
         max_iterations=config.solver.max_iterations,
         initial=initial_E,
         reduce=reduce,
+        rare=rare,
     )
 
 
@@ -156,5 +163,5 @@ class SBase(Rule):
     def choose(self, logits_TE: Tensor, batch: Batch) -> Choice:
         config = self.config
         scores_TE = compatibility(logits_TE, config.cost).detach()
-        solution = solve_for(config, scores_TE, batch.mask, batch.scope())
+        solution = solve_for(config, scores_TE, batch.mask, batch.scope(), rare=False)
         return Choice(logits_TE, solution.potentials, scores_TE, config.xi, solution=solution)

@@ -13,7 +13,7 @@ import ssr_deepspeed.ot.sinkhorn as sinkhorn
 import ssr_deepspeed.ot.solver as solver
 from ssr_deepspeed.ot import plan, solve
 from tests.gloo import run_ranks
-from tests.ot.problems import KINDS, problem
+from tests.ot.problems import KINDS, Operations, problem
 
 METHODS = ["sinkhorn", "newton", "sns", "adaptive"]
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -184,6 +184,23 @@ def test_stopping_early_and_running_to_the_cap_give_the_same(method, entropy, mo
     torch.testing.assert_close(early.potentials, full.potentials, rtol=0, atol=1e-10)
     torch.testing.assert_close(early.error, full.error, rtol=1e-6, atol=1e-12)
     assert int(early.iterations) == int(full.iterations) < 200
+
+
+@pytest.mark.parametrize(("method", "most"), [("sinkhorn", 0.5), ("newton", 0.2), ("adaptive", 0.4)])
+def test_a_rare_solve_on_an_accelerator_leaves_out_most_of_what_changes_nothing(method, most, monkeypatch):
+    scores = problem("clustered")
+    early = solve(scores, 1.0, method=method)
+    read_nothing(monkeypatch)
+    with Operations() as whole:
+        full = solve(scores, 1.0, method=method)
+    with Operations() as operations:
+        rare = solve(scores, 1.0, method=method, rare=True)
+    assert not whole.reads and 0 < operations.reads < 10
+    assert operations.counts.total() < most * whole.counts.total()
+    for solution in (full, early) if method != "adaptive" else (full,):
+        assert int(rare.iterations) == int(solution.iterations)
+    torch.testing.assert_close(rare.potentials, full.potentials, rtol=0, atol=0)
+    torch.testing.assert_close(rare.error, full.error, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("scale", [1, 100])

@@ -6,8 +6,12 @@ from scipy.special import expit, softmax
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+import ssr_deepspeed.ot.problem
+import ssr_deepspeed.ot.sinkhorn
+import ssr_deepspeed.ot.solver
 from ssr_deepspeed.config import RuleName, SSRConfig
 from ssr_deepspeed.routing import RULES, compatibility, route
+from tests.ot.problems import Operations
 from tests.routing.formulas import array, counts_plan, routed, rule_gate, skewed, top_k
 
 EXACT = {"name": "newton", "tolerance": 1e-6, "max_iterations": 100}
@@ -245,6 +249,19 @@ def test_nothing_is_read_from_the_device_under_any_rule(block):
         if block["rule"] != "noisy" and gate.ssr.rule.sums is not None:  # Adam's steps are on the CPU: see test_rivals
             gate.ssr.rule.commit(gate.ssr.rule.sums, False)
         assert gate.eval()(torch.randn(64, 8), None, True)[3].shape == (2, 64)
+
+
+@by_block
+@pytest.mark.parametrize("transport", [False, True])
+def test_on_an_accelerator_the_host_waits_in_solves_of_chosen_steps_alone(block, transport, monkeypatch):
+    gate = rule_gate(**block)
+    gate.ssr.transport = transport
+    for module in (ssr_deepspeed.ot.problem, ssr_deepspeed.ot.sinkhorn, ssr_deepspeed.ot.solver):
+        monkeypatch.setattr(module, "readable", lambda tensor: False)
+    with Operations() as operations:
+        gate(torch.randn(64, 8), torch.ones(64), True)
+    assert bool(operations.reads) == (transport and block["rule"] in ("ssr", "capacity", "carried"))
+    assert operations.counts.total() < 3000
 
 
 @by_block
