@@ -16,7 +16,7 @@ Start a pretraining run with torchrun. On several machines, start it on every on
   pretrain.sh --nodes 2 --node-rank 0 --rendezvous node0:29400 --id first --config ... --output ...
 
   --nodes N              machines of the run, exactly                    NNODES, PET_NNODES, SLURM_NNODES, or 1
-  --ranks-per-node R     ranks of this one: number, gpu, cpu, auto       RANKS, PET_NPROC_PER_NODE; gpu, alone 2
+  --ranks-per-node R     ranks of this one: number, gpu, cpu, auto       RANKS, PET_NPROC_PER_NODE, gpu (nodes 1: 2)
 With --nodes 2 or more also:
   --rendezvous HOST:PORT a free port of one of them, for training; the   PET_RDZV_ENDPOINT, MASTER_ADDR and MASTER_PORT,
                          next one is for the preflight                   PET_MASTER_ADDR and PET_MASTER_PORT
@@ -211,6 +211,28 @@ warn_of_loopback() {
   fi
 }
 
+# What torchrun tells after its patience has ended, or never.
+check_place() {
+  local problem
+  problem=$(
+    python3 - "${rendezvous%:*}" "$port" "$node_rank" <<'PYTHON' || true
+import socket, sys
+
+host, port, rank = sys.argv[1].strip("[]"), int(sys.argv[2]), sys.argv[3]
+try:
+    socket.getaddrinfo(host, port)
+    for own in (port, port + 1) if rank == "0" else ():
+        try:
+            socket.create_server(("", own)).close()
+        except OSError as error:
+            print(f"port {own} of this machine, of --rendezvous or the next, cannot be used ({error.strerror}): name another")
+except OSError as error:
+    print(f"the host of --rendezvous, {host}, cannot be found from here ({error.strerror})")
+PYTHON
+  )
+  [[ -z $problem ]] || fail "$problem"
+}
+
 # Run a command in a process group of its own, so that a Ctrl-C reaches it once, by way of the trap. Its exit status.
 run() {
   local status=0 watcher
@@ -235,18 +257,28 @@ run() {
 
 # On a machine that is cut off, torchrun waits for its meeting place as long as TCP does, a quarter of an hour, and
 # hears no signal. Ranks leave their status just before they end; torchrun needs 30 s at most to end those that cannot.
+# Nor does it give up where something else listens at the place to meet.
 end_when_ranks_have() {
-  local left=90 ranks
+  local left=90 patience=$((join_timeout + 60))
   trap '' TERM INT USR1 HUP # they come to the whole group, and a subshell has not its parent's traps
-  while ((left > 0)); do
+  while ((left > 0 && patience > 0)); do
     sleep 1 >/dev/null 2>&1
     kill -0 "$child" 2>/dev/null || return 0
     [[ ! -s $SSR_EXIT_FILE ]] || left=$((left - 1))
+    if ((nodes > 1)) && [[ -d /proc/$child/task && ! -e $SSR_EXIT_FILE.met ]]; then
+      # torchrun starts its ranks when all machines are there.
+      if [[ -n $(ranks_of "$child") ]]; then : >"$SSR_EXIT_FILE.met"; else patience=$((patience - 1)); fi
+    fi
   done
-  printf 'pretrain.sh: the ranks ended 90 s ago, and torchrun waits for another machine: ending it\n' >&2
-  ranks=$(cat "/proc/$child/task/"*/children 2>/dev/null) || true
-  # shellcheck disable=SC2086  # process ids
-  kill -KILL $ranks "$child" 2>/dev/null || true
+  if ((patience > 0)); then
+    printf 'pretrain.sh: the ranks ended 90 s ago, and torchrun waits for another machine: ending it\n' >&2
+  fi
+  # shellcheck disable=SC2046  # process ids
+  kill -KILL $(ranks_of "$child") "$child" 2>/dev/null || true
+}
+
+ranks_of() { # PROCESS
+  cat "/proc/$1/task/"*/children 2>/dev/null || true
 }
 
 # Within five seconds once: Slurm tells every process of a step, and a third one tears torchrun from its ranks.
@@ -265,9 +297,9 @@ pass_on() {
 
 # The ranks' own exit status, which torchrun replaces by 1. They leave `.begun` beside it when there is something to lose.
 run_ranks() {
-  local status=0
+  local status=0 began=$SECONDS
   : >"$SSR_EXIT_FILE"
-  rm -f "$SSR_EXIT_FILE.begun"
+  rm -f "$SSR_EXIT_FILE.begun" "$SSR_EXIT_FILE.met"
   run "${command[@]}" || status=$?
   if [[ -s $SSR_EXIT_FILE ]]; then
     status=$(<"$SSR_EXIT_FILE")
@@ -276,6 +308,11 @@ run_ranks() {
       printf 'pretrain.sh: a rank ended before training had begun, and torchrun ended the others\n' >&2
       status=1
     fi
+    explain "$status"
+  elif [[ $status != 0 && -z $stopped && ! -e $SSR_EXIT_FILE.met ]] && ((nodes > 1 && SECONDS - began >= join_timeout)); then
+    printf 'pretrain.sh: the %s machines have not met at %s in %s s: are --id (here %s), --nodes, --rendezvous and --no-preflight alike on all, --node-rank 0 on the machine of --rendezvous, and its ports open?\n' \
+      "$nodes" "$rendezvous" "$join_timeout" "$id" >&2
+    status=1
   elif [[ $status == 1 && -z $again && -e $SSR_EXIT_FILE.begun ]]; then
     printf 'pretrain.sh: a rank was killed, or crashed, and the others of this machine left no word\n' >&2
     status=69
@@ -283,6 +320,15 @@ run_ranks() {
     silent_end "$status" || status=$?
   fi
   return "$status"
+}
+
+# The last line on every machine: rank 0 has said more, on its own.
+explain() { # STATUS
+  case $1 in
+    69) printf 'pretrain.sh: exit status 69: a rank was lost or stalled; go on with --resume\n' >&2 ;;
+    74) printf 'pretrain.sh: exit status 74: the last checkpoint could not be written; make room and go on with --resume\n' >&2 ;;
+    75 | 130) printf 'pretrain.sh: exit status %s: stopped by a signal, nothing is lost; go on with --resume\n' "$1" >&2 ;;
+  esac
 }
 
 # The status of a run that a signal has ended and whose ranks have left none. Ranks leave one however they end, but for
@@ -310,6 +356,7 @@ train() {
   if ((nodes > 1)); then
     printf 'pretrain.sh: waiting at most %s s until all %s machines are at %s\n' "$join_timeout" "$nodes" "$rendezvous" >&2
     warn_of_loopback
+    check_place
   fi
   if [[ -n $preflight ]]; then
     preflight_command
@@ -355,7 +402,7 @@ print_commands() {
   fi
   SSR_EXIT_FILE=$(mktemp)
   export SSR_EXIT_FILE
-  trap 'rm -f "$SSR_EXIT_FILE" "$SSR_EXIT_FILE.begun"' EXIT
+  trap 'rm -f "$SSR_EXIT_FILE" "$SSR_EXIT_FILE.begun" "$SSR_EXIT_FILE.met"' EXIT
   for signal in TERM INT USR1; do
     # shellcheck disable=SC2064  # its name now
     trap "pass_on $signal" "$signal"

@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         config=options.config,
         overrides=options.set,
         output=options.output,
+        begins=not (options.resume or options.overwrite),
         expect_ranks=options.expect_ranks,
         hostfile=options.hostfile,
         quick=options.quick,
@@ -58,6 +59,9 @@ def main(arguments: list[str] | None = None) -> None:
             seconds = time.monotonic() - begun
             print(f"{_COMMAND}: {job.name(range(job.ranks))}\n{table(findings)}\n{experts}".rstrip())
             print(f"{_COMMAND}: {summary(findings)}, in {seconds:.1f} s", flush=True)
+        elif failed and job.rank in job.leaders:
+            # Its console may be the only one that somebody looks at.
+            print(table([finding for finding in findings if finding.failed]), flush=True)
         job.gather(None)  # the ranks leave together
     except Exception as error:
         failed = True

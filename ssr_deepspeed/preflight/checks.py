@@ -33,6 +33,8 @@ class Request:
     """`KEY=VALUE` of --set."""
     output: Path | None = None
     """The run's folder."""
+    begins: bool = False
+    """The run is a new one: the folder may not hold another."""
     expect_ranks: int | None = None
     """Ranks that must have joined, whatever a scheduler promises."""
     hostfile: Path | None = None
@@ -82,7 +84,7 @@ def _check_network(job: Job, config: RunConfig | None, layout: Layout | None, ti
 def _check_supplies(job: Job, request: Request, config: RunConfig | None) -> list[Finding]:
     """Text, memory and disk for the run."""
     output = request.output
-    findings = [check_output(job, output) if output else skipped("output", "no --output is given")]
+    findings = [check_output(job, output, request.begins) if output else skipped("output", "no --output is given")]
     if config is None:
         return [*findings, *(skipped(name, "see configuration") for name in ("text", "memory", "disk"))]
     text, vocabulary = check_text(job, config.data)

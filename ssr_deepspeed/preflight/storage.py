@@ -11,6 +11,7 @@ from pathlib import Path
 from ssr_deepspeed.preflight.findings import Finding, judged
 from ssr_deepspeed.preflight.job import Job
 from ssr_deepspeed.pretrain.config import RunConfig
+from ssr_deepspeed.pretrain.folder import HOLDS_RUN, holds_run
 from ssr_deepspeed.pretrain.sizes import checkpoint_bytes
 
 _GB = 10**9
@@ -18,8 +19,14 @@ _GB = 10**9
 _SECONDS = 5.0
 
 
-def check_output(job: Job, folder: Path) -> Finding:
-    """Every rank can write the folder, and sees what rank 0 wrote there."""
+def check_output(job: Job, folder: Path, begins: bool) -> Finding:
+    """Every rank can write the folder, and sees what rank 0 wrote there.
+
+    Args:
+        begins: the run does not go on from what the folder holds, and does not replace it.
+    """
+    if begins and job.gather(holds_run(folder))[0]:
+        return judged("output", "", failures=[HOLDS_RUN.format(folder=folder)])
     token = job.gather(uuid.uuid4().hex)[0]
     made = job.attempt(lambda: _missing_parents(folder), here=job.rank in job.leaders)
     written = job.attempt(lambda: _write(folder, token, job.rank))

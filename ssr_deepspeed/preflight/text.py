@@ -31,8 +31,9 @@ def check_text(job: Job, config: DataConfig) -> tuple[Finding, int]:
     """Every rank sees the same text, prepared or not; the vocabulary, to count the model with."""
     outcomes = job.attempt(lambda: _look(config, job.rank in job.leaders))
     if problems := job.problems(outcomes):
-        remedy = "give every host the same text, or put it on a shared file system"
-        return judged("text", "", failures=[f"{problem}: {remedy}" for problem in problems]), _vocabulary(config)
+        alike = len({outcome.problem for outcome in outcomes}) == 1
+        remedy = "" if alike else ": give every host the same text, or put it on a shared file system"
+        return judged("text", "", failures=[problem + remedy for problem in problems]), _vocabulary(config)
     seen: list[Text] = [outcome.result for outcome in outcomes]
     wanting = [rank for rank, text in enumerate(seen) if text.tokens is None]
     if wanting:

@@ -23,6 +23,7 @@ from ssr_deepspeed.pretrain.manifest import Manifest, by_step, set_aside
 from ssr_deepspeed.pretrain.signals import say
 
 Existing = Literal["refuse", "resume", "weights", "overwrite"]
+HOLDS_RUN = "{folder} holds a run already: --resume it, --overwrite it or name another --output"
 LEASE = 120.0
 """Seconds after which file servers let go of what a lost host had locked; NFS 4's usual lease is 90."""
 
@@ -52,11 +53,16 @@ def claim(folder: Path, settings: dict[str, Any], existing: Existing) -> TextIO:
         say(f"WARNING: {folder} cannot be locked ({error.strerror}): see that no other run writes there")
     if existing == "overwrite":
         _clear(folder)
-    if (folder / METRICS).exists() or by_step(folder / "checkpoints"):
+    if holds_run(folder):
         if existing == "refuse":
-            raise ValueError(f"{folder} holds a run already: --resume it, --overwrite it or name another --output")
+            raise ValueError(HOLDS_RUN.format(folder=folder))
         _check_same(json.loads(file.read_text(encoding="utf-8")), settings, file, existing == "weights")
     return lock
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has recorded or saved anything there."""
+    return (folder / METRICS).exists() or bool(by_step(folder / "checkpoints"))
 
 
 def _lock(lock: TextIO, folder: Path) -> None:

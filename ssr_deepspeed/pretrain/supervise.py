@@ -14,6 +14,7 @@ import deepspeed
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from deepspeed.accelerator import get_accelerator
+from torch.utils.cpp_extension import get_default_build_root
 
 from ssr_deepspeed.pretrain.checkpoint import NotSavedError
 from ssr_deepspeed.pretrain.config import RunConfig
@@ -32,6 +33,8 @@ from ssr_deepspeed.pretrain.signals import (
 from ssr_deepspeed.pretrain.train import Run
 from ssr_deepspeed.pretrain.watch import Watch
 
+_MEETING = 600.0
+"""Seconds that ranks may take to meet, at least; DeepSpeed compiles an operator on the way where it has none yet."""
 _CLOSING = 60.0
 """Seconds that closing the connections at the end may take."""
 
@@ -53,8 +56,8 @@ def supervise(
         try:
             run = Run(config, folder, existing, compare, asked=signals.asked, moved=watch.moved)
         except ValueError as error:
-            # Every rank raises the same error; one of them says it.
-            return f"ssr-pretrain: {error}" if dist.get_rank() == 0 else 1
+            # Every rank raises the same error; one of each machine says it.
+            return f"ssr-pretrain: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1
         signals.arm()
         code = _train(run, watch)
         signals.ignore()  # of several ranks that end, torchrun ends the last with SIGTERM
@@ -81,12 +84,18 @@ def _join(config: RunConfig, signals: Signals) -> Watch:
     # Before the first collective: NCCL's ranks must not meet on one device.
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
+    patience = max(config.timeout, _MEETING)
+
     def give_up() -> None:
-        say(f"the ranks have not met in {config.timeout:g} s; ssr-preflight tells what to look at")
+        # A process that was killed while it compiled leaves its lock, for which all others wait.
+        folder = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+        locks = [str(lock) for lock in Path(folder).glob("**/lock")]
+        held = f"if nothing compiles any more, remove {' and '.join(locks)}; " if locks else ""
+        say(f"the ranks have not met in {patience:g} s: {held}ssr-preflight tells what else to look at")
         leave(LOST)
 
     # No timeout of NCCL's own ends its first meeting.
-    last = _at_the_latest(config.timeout, give_up)
+    last = _at_the_latest(patience, give_up)
     deepspeed.init_distributed(timeout=config.collective_timeout)
     watch = Watch(config.timeout, signals.asked)
     last.cancel()

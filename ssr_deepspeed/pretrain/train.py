@@ -67,6 +67,7 @@ class Run:
     ) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.folder, self.compare, self.moved = folder, compare, moved
+        _check_equal(config)
         config.check_ranks(self.ranks)
         check_layout(config.model, self.ranks)
         check_batch(config.deepspeed, self.ranks)
@@ -120,7 +121,12 @@ class Run:
             say_once(f"{damage}: going on from the one before, of step {start.step if start else 0}")
         if existing in ("resume", "weights") and self.rank == 0:
             step = start.step if start else 0
-            print(f"resuming {self.folder} after step {step} of {self.config.steps}", flush=True)
+            anew = ""
+            if start and (start.ranks, start.ep_size) != (self.ranks, self.config.model.ep_size):
+                anew = (
+                    f": weights of {start.ranks} ranks with ep_size {start.ep_size}, the optimizer's moments begin anew"
+                )
+            print(f"resuming {self.folder} after step {step} of {self.config.steps}{anew}", flush=True)
         return start
 
     def train(self) -> dict[str, Any]:
@@ -166,6 +172,8 @@ class Run:
             # After the step's records, which a run resumed from here will not write again.
             progress.pause(partial(self._end, step, self.stop.agreed()))
         progress.close()
+        if self.rank == 0:
+            print("evaluating on all held-out text", flush=True)
         result = self._evaluate(0, final=True)
         if result is None:
             raise Stopped(self._stopped_by, config.steps)
@@ -288,6 +296,20 @@ def _check_start(start: Manifest, ranks: int, ep_size: int, existing: Existing) 
             f"run has {ranks} and {ep_size}: resume as it was, or with `--resume weights`, which begins the "
             "optimizer's moments anew"
         )
+
+
+def _check_equal(config: RunConfig) -> None:
+    """Each machine has read its own files and its own command line. Where the text lies may differ."""
+    own = config.to_dict()
+    own["data"] = {key: value for key, value in own["data"].items() if key not in ("source", "prepared", "cache")}
+    settings = gather_objects(own)
+    for rank, other in enumerate(settings):
+        different = [key for key, value in settings[0].items() if other[key] != value]
+        if different:
+            raise ValueError(
+                f"{different[0]} is not on rank {rank} what it is on rank 0: give the same files and flags to every "
+                "machine; ssr-preflight names the values"
+            )
 
 
 def _check_fingerprints(found: list[str]) -> None:

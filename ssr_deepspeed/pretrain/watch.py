@@ -29,6 +29,8 @@ _SILENCE = 25.0
 # The same where this process is asked to end, perhaps because a rank of its machine has died: torchrun kills the
 # others after 30 s.
 _HURRY = 10.0
+# Looks in a row, as far apart, at which the store is out of reach, until nobody there is waited for any more.
+_LOOKS = 3
 _UNREACHABLE = "the launcher's store is out of reach: its host is down, or this one is cut off"
 
 
@@ -108,18 +110,17 @@ class Watch:
 
     def _decide(self) -> None:
         before: dict[int, _Beat] | None = None
-        looked = 0.0
+        looked, unheard = 0.0, 0
         while not self._ended.wait(self.interval):
             still = time.monotonic() - self._moved
             silence = max(2.5 * self.interval, min(_HURRY if self._asked() else _SILENCE, self.timeout / 4))
             if still < silence:
-                before = None
-            elif before is None:
-                before, looked = self._look(), time.monotonic()
-            elif time.monotonic() - looked > silence:
+                before, unheard = None, 0
+            elif before is None or time.monotonic() - looked > silence:
                 now = self._look()
-                silent = self._silent(before, now) if now else []
-                if silent or still > self.timeout:
+                silent = self._silent(before, now) if before and now else []
+                unheard = 0 if now else unheard + 1
+                if silent or unheard == _LOOKS or still > self.timeout:
                     self._give_up(still, silent, now)
                 before, looked = now, time.monotonic()
 

@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -367,3 +368,39 @@ def test_shellcheck_finds_nothing(file):
         check=False,
     )
     assert result.returncode == 0, result.stdout
+
+
+def test_a_place_where_nobody_can_meet_is_told_before_anybody_waits(fake, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        for node_rank, place, words in (
+            ("0", f"127.0.0.1:{port}", f"port {port} of this machine, of --rendezvous or the next, cannot be used"),
+            ("0", f"127.0.0.1:{port - 1}", f"port {port} of this machine"),
+            ("1", "nowhere.invalid:29400", "the host of --rendezvous, nowhere.invalid, cannot be found from here"),
+        ):
+            several = ["--nodes", "2", "--node-rank", node_rank, "--rendezvous", place, "--id", "one"]
+            process = fake("exit 0", "--no-preflight", *several)
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode == 2
+            assert words in errors
+    assert calls(tmp_path) == []
+
+
+def test_machines_that_have_not_met_are_told_what_to_compare(fake):
+    several = [
+        "--nodes",
+        "2",
+        "--node-rank",
+        "1",
+        "--rendezvous",
+        "127.0.0.1:29400",
+        "--id",
+        "one",
+        "--join-timeout",
+        "1",
+    ]
+    # Without a process of its own, as torchrun is until all have come.
+    process = fake("SECONDS=0; while ((SECONDS < 2)); do :; done; exit 1", "--no-preflight", *several)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "the 2 machines have not met at 127.0.0.1:29400 in 1 s: are --id (here one), --nodes" in errors

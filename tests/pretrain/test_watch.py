@@ -20,6 +20,11 @@ def _rank(rank, folder, what, silence, hurry, asked):
     mine.interval = 0.2
     mine.moved("in step 7")
     dist.barrier()
+    if what == "loses the store":
+        mine._store = None
+        if rank == 1:
+            threading.Event().wait()
+        leave(0)
     if rank == 0:
         if what == "fails":
             mine.failed(1)
@@ -58,6 +63,13 @@ def test_a_silent_rank_is_not_waited_for_until_the_timeout(tmp_path, silence, hu
     assert (code, told) == (LOST, f"{LOST}\n")
     assert "in step 7: rank 0 (host " in said
     assert "gone, frozen or cut off" in said
+
+
+def test_a_store_that_stays_out_of_reach_is_not_waited_for_either(tmp_path):
+    """Its host is lost: all other machines would wait for the timeout."""
+    code, told, said = ends(tmp_path, "loses the store", 0.5, 1000.0, 0)
+    assert (code, told) == (LOST, f"{LOST}\n")
+    assert "in step 7, and the launcher's store is out of reach" in said
 
 
 def test_the_code_of_a_rank_that_fails_by_itself_is_the_whole_jobs(tmp_path):
