@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from ssr_deepspeed.collectives import attempt, gather_objects
+from ssr_deepspeed.pretrain.watch import at_the_latest
 
 ADVICE = (
     "see that the hosts reach each other on every port, that GLOO_SOCKET_IFNAME (under NCCL also NCCL_SOCKET_IFNAME) "
@@ -86,7 +86,7 @@ class Job:
 
     def exchange(self, work: Callable[[], Any]) -> list[Outcome]:
         """As `attempt`, for collectives under test. Where one does not even begin, the process ends with a sentence."""
-        with ends_within(MEETING):
+        with met_within(MEETING):
             own = attempt(work)
         return [Outcome(*each) for each in self.gather(own)]
 
@@ -129,25 +129,17 @@ class Job:
         return f"rank{'s' if len(ranks) > 1 else ''} {shortened(parts)}"
 
 
-@contextmanager
-def ends_within(limit: timedelta) -> Iterator[None]:
-    """End this process, with one sentence, if what is inside takes longer: nothing can interrupt it."""
+def met_within(limit: timedelta) -> AbstractContextManager[None]:
+    """End this process, with one sentence, if what is inside takes longer."""
+    seconds = limit.total_seconds()
 
     def end() -> None:
         where = f"rank {os.environ.get('RANK', 0)} ({socket.gethostname()})"
-        print(
-            f"ssr-preflight: {where}: the ranks have not met in {limit.total_seconds():g} s; {ADVICE}", file=sys.stderr
-        )
+        print(f"ssr-preflight: {where}: the ranks have not met in {seconds:g} s; {ADVICE}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)
 
-    timer = threading.Timer(limit.total_seconds(), end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    return at_the_latest(seconds, end)
 
 
 def meet(limit: timedelta) -> Job:
@@ -156,7 +148,7 @@ def meet(limit: timedelta) -> Job:
     Args:
         limit: of one collective under test.
     """
-    with ends_within(MEETING):
+    with met_within(MEETING):
         dist.init_process_group(get_accelerator().communication_backend_name(), timeout=MEETING)
         deepspeed.init_distributed()  # takes over what there is
         return join(limit)

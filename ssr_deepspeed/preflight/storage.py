@@ -25,7 +25,8 @@ def check_output(job: Job, folder: Path, begins: bool) -> Finding:
     Args:
         begins: the run does not go on from what the folder holds, and does not replace it.
     """
-    if begins and job.gather(holds_run(folder))[0]:
+    held = job.attempt(lambda: begins and holds_run(folder), here=job.rank == 0)[0]
+    if held.result:
         return judged("output", "", failures=[HOLDS_RUN.format(folder=folder)])
     token = job.gather(uuid.uuid4().hex)[0]
     made = job.attempt(lambda: _missing_parents(folder), here=job.rank in job.leaders)

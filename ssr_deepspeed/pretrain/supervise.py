@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,7 +30,7 @@ from ssr_deepspeed.pretrain.signals import (
     tell_launcher,
 )
 from ssr_deepspeed.pretrain.train import Run
-from ssr_deepspeed.pretrain.watch import Watch
+from ssr_deepspeed.pretrain.watch import Watch, at_the_latest
 
 _MEETING = 600.0
 """Seconds that ranks may take to meet, at least; DeepSpeed compiles an operator on the way where it has none yet."""
@@ -70,9 +69,8 @@ def supervise(
         tell_launcher(code)
     watch.close()
     # NCCL closes its connections together with the others, one of whom may fail just now. All is saved.
-    last = _at_the_latest(_CLOSING, lambda: leave(code))
-    dist.destroy_process_group()
-    last.cancel()
+    with at_the_latest(_CLOSING, lambda: leave(code)):
+        dist.destroy_process_group()
     sys.stdout.flush()
     return code
 
@@ -95,18 +93,9 @@ def _join(config: RunConfig, signals: Signals) -> Watch:
         leave(LOST)
 
     # No timeout of NCCL's own ends its first meeting.
-    last = _at_the_latest(patience, give_up)
-    deepspeed.init_distributed(timeout=config.collective_timeout)
-    watch = Watch(config.timeout, signals.asked)
-    last.cancel()
-    return watch
-
-
-def _at_the_latest(seconds: float, work: Callable[[], None]) -> threading.Timer:
-    timer = threading.Timer(seconds, work)
-    timer.daemon = True
-    timer.start()
-    return timer
+    with at_the_latest(patience, give_up):
+        deepspeed.init_distributed(timeout=config.collective_timeout)
+        return Watch(config.timeout, signals.asked)
 
 
 def _leave_after_error(watch: Watch) -> NoReturn:

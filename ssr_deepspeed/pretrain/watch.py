@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
@@ -178,6 +178,18 @@ class Watch:
                 say(f"{here}: all ranks are alive and as far. This one is at")
             traceback.print_stack(sys._current_frames().get(threading.main_thread().ident or 0))
         leave(code)
+
+
+@contextlib.contextmanager
+def at_the_latest(seconds: float, end: Callable[[], None]) -> Iterator[None]:
+    """Call `end`, in another thread, if what is inside takes longer: nothing can interrupt a collective."""
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _blamed(silent: list[int], beats: dict[int, _Beat]) -> tuple[str, int]:

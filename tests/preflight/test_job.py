@@ -7,7 +7,7 @@ import pytest
 from deepspeed.accelerator import get_accelerator
 
 from ssr_deepspeed.preflight.findings import Status
-from ssr_deepspeed.preflight.job import ends_within, join
+from ssr_deepspeed.preflight.job import join, met_within
 from ssr_deepspeed.preflight.network import check_all_reduce
 from tests.gloo import _context, run_ranks
 
@@ -35,7 +35,7 @@ def test_where_a_device_works_by_itself_a_collective_is_asked_whether_it_has_end
 def _never_meets(said):
     os.environ["RANK"] = "3"
     os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY), 2)
-    with ends_within(timedelta(seconds=0.1)):
+    with met_within(timedelta(seconds=0.1)):
         threading.Event().wait()
 
 
