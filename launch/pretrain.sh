@@ -5,6 +5,8 @@ set -euo pipefail
 
 here=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [[ -x $here/.venv/bin/python ]] && PATH=$here/.venv/bin:$PATH
+# shellcheck source-path=SCRIPTDIR source=ranks.sh
+source "$here/launch/ranks.sh"
 
 usage() {
   cat <<'HELP'
@@ -30,6 +32,7 @@ At will:
   --max-restarts N       times that the ranks are started anew after a failure, from the last checkpoint; 0; on all
                          machines alike
   --no-preflight         do not run ssr-preflight first; several machines must then start within a minute
+  --quick, --expect-ranks N, --hostfile FILE    go to ssr-preflight alone; its --help tells of them
   --dry-run              print the commands and stop
   --help                 this text; ssr-pretrain --help tells of its arguments
 
@@ -43,7 +46,7 @@ HELP
 }
 
 fail() {
-  printf 'pretrain.sh: %s\n' "$1" >&2
+  say "$1"
   exit 2
 }
 
@@ -53,14 +56,18 @@ read_options() {
   while (($#)); do
     option=${1%%=*}
     case $option in
-      --nodes | --node-rank | --ranks-per-node | --rendezvous | --id | --local-addr | --join-timeout | --log-dir | --max-restarts)
+      --nodes | --node-rank | --ranks-per-node | --rendezvous | --id | --local-addr | --join-timeout | --log-dir | --max-restarts | --expect-ranks | --hostfile)
         if [[ $1 == *=* ]]; then
           set -- "$option" "${1#*=}" "${@:2}"
         fi
         [[ -n ${2:-} && $2 != --* ]] || fail "$option needs a value"
-        given[${option#--}]=$2
+        case $option in
+          --expect-ranks | --hostfile) checks+=("$option" "$2") ;;
+          *) given[${option#--}]=$2 ;;
+        esac
         shift 2
         ;;
+      --quick) checks+=(--quick) && shift ;;
       --no-preflight) preflight= && shift ;;
       --dry-run) dry_run=yes && shift ;;
       --help | -h) usage && exit 0 ;;
@@ -176,23 +183,17 @@ torchrun_command() { # PORT_OFFSET ID_SUFFIX PATIENCE
 # Machines may start it far apart, and leave it together.
 preflight_command() {
   torchrun_command 1 preflight "$join_timeout"
-  command+=(-m ssr_deepspeed.preflight "${arguments[@]}")
+  command+=(-m ssr_deepspeed.preflight "${checks[@]}" "${arguments[@]}")
 }
 
 training_command() { # ATTEMPT
+  local argument resume=--resume resumed=()
   torchrun_command 0 "$1" "$((join_timeout < 60 ? join_timeout : 60))"
-  if (($1)); then
-    resumed_arguments
-    command+=(-m ssr_deepspeed.pretrain "${resumed[@]}")
-  else
+  if [[ -z $begun ]]; then
     command+=(-m ssr_deepspeed.pretrain "${arguments[@]}")
+    return
   fi
-}
-
-# What a restart does: the same run, from its last checkpoint.
-resumed_arguments() {
-  local argument resume=--resume
-  resumed=()
+  # The folder holds this run now: it goes on from its last checkpoint.
   for argument in "${arguments[@]}"; do
     case $argument in
       --overwrite) continue ;;
@@ -201,179 +202,41 @@ resumed_arguments() {
     esac
     resumed+=("$argument")
   done
-  resumed+=(${resume:+"$resume"})
-}
-
-# The name of many machines is 127.0.1.1 to themselves, at which gloo would have the others look for them.
-warn_of_loopback() {
-  if [[ -z ${GLOO_SOCKET_IFNAME:-} && $(getent hosts "$HOSTNAME" || true) == @(127.|::1)* ]]; then
-    printf 'pretrain.sh: %s is a loopback address here; set GLOO_SOCKET_IFNAME, by which ranks meet also where NCCL does the work\n' "$HOSTNAME" >&2
-  fi
-}
-
-# What torchrun tells after its patience has ended, or never.
-check_place() {
-  local problem
-  problem=$(
-    python3 - "${rendezvous%:*}" "$port" "$node_rank" <<'PYTHON' || true
-import socket, sys
-
-host, port, rank = sys.argv[1].strip("[]"), int(sys.argv[2]), sys.argv[3]
-try:
-    socket.getaddrinfo(host, port)
-    for own in (port, port + 1) if rank == "0" else ():
-        try:
-            socket.create_server(("", own)).close()
-        except OSError as error:
-            print(f"port {own} of this machine, of --rendezvous or the next, cannot be used ({error.strerror}): name another")
-except OSError as error:
-    print(f"the host of --rendezvous, {host}, cannot be found from here ({error.strerror})")
-PYTHON
-  )
-  [[ -z $problem ]] || fail "$problem"
-}
-
-# Run a command in a process group of its own, so that a Ctrl-C reaches it once, by way of the trap. Its exit status.
-run() {
-  local status=0 watcher
-  set -m
-  "$@" &
-  child=$!
-  set +m
-  end_when_ranks_have &
-  watcher=$!
-  disown "$watcher" # bash would tell of its end
-  if [[ -n $stopped ]]; then
-    kill -s "$stopped" "$child"
-  fi
-  while kill -0 "$child" 2>/dev/null; do
-    wait "$child" || true # a signal ends it before the command ends
-  done
-  wait "$child" || status=$?
-  child=
-  kill -KILL "$watcher" 2>/dev/null || true
-  return "$status"
-}
-
-# On a machine that is cut off, torchrun waits for its meeting place as long as TCP does, a quarter of an hour, and
-# hears no signal. Ranks leave their status just before they end; torchrun needs 30 s at most to end those that cannot.
-# Nor does it give up where something else listens at the place to meet.
-end_when_ranks_have() {
-  local left=90 patience=$((join_timeout + 60))
-  trap '' TERM INT USR1 HUP # they come to the whole group, and a subshell has not its parent's traps
-  while ((left > 0 && patience > 0)); do
-    sleep 1 >/dev/null 2>&1
-    kill -0 "$child" 2>/dev/null || return 0
-    [[ ! -s $SSR_EXIT_FILE ]] || left=$((left - 1))
-    if ((nodes > 1)) && [[ -d /proc/$child/task && ! -e $SSR_EXIT_FILE.met ]]; then
-      # torchrun starts its ranks when all machines are there.
-      if [[ -n $(ranks_of "$child") ]]; then : >"$SSR_EXIT_FILE.met"; else patience=$((patience - 1)); fi
-    fi
-  done
-  if ((patience > 0)); then
-    printf 'pretrain.sh: the ranks ended 90 s ago, and torchrun waits for another machine: ending it\n' >&2
-  fi
-  # shellcheck disable=SC2046  # process ids
-  kill -KILL $(ranks_of "$child") "$child" 2>/dev/null || true
-}
-
-ranks_of() { # PROCESS
-  cat "/proc/$1/task/"*/children 2>/dev/null || true
-}
-
-# Within five seconds once: Slurm tells every process of a step, and a third one tears torchrun from its ranks.
-# shellcheck disable=SC2329  # the traps call it
-pass_on() {
-  if ((SECONDS - ${passed[$1]:--9} > 5)); then
-    passed[$1]=$SECONDS
-    [[ -z $stopped ]] || again=yes
-    stopped=$1
-    : "${stopped_at:=$SECONDS}"
-    if [[ -n $child ]]; then
-      kill -s "$1" "$child" 2>/dev/null || true
-    fi
-  fi
-}
-
-# The ranks' own exit status, which torchrun replaces by 1. They leave `.begun` beside it when there is something to lose.
-run_ranks() {
-  local status=0 began=$SECONDS
-  : >"$SSR_EXIT_FILE"
-  rm -f "$SSR_EXIT_FILE.begun" "$SSR_EXIT_FILE.met"
-  run "${command[@]}" || status=$?
-  if [[ -s $SSR_EXIT_FILE ]]; then
-    status=$(<"$SSR_EXIT_FILE")
-    if [[ $status == 75 && -z $stopped && ! -e $SSR_EXIT_FILE.begun ]]; then
-      # Of those that torchrun ended: a scheduler would start it again and again.
-      printf 'pretrain.sh: a rank ended before training had begun, and torchrun ended the others\n' >&2
-      status=1
-    fi
-    explain "$status"
-  elif [[ $status != 0 && -z $stopped && ! -e $SSR_EXIT_FILE.met ]] && ((nodes > 1 && SECONDS - began >= join_timeout)); then
-    printf 'pretrain.sh: the %s machines have not met at %s in %s s: are --id (here %s), --nodes, --rendezvous and --no-preflight alike on all, --node-rank 0 on the machine of --rendezvous, and its ports open?\n' \
-      "$nodes" "$rendezvous" "$join_timeout" "$id" >&2
-    status=1
-  elif [[ $status == 1 && -z $again && -e $SSR_EXIT_FILE.begun ]]; then
-    printf 'pretrain.sh: a rank was killed, or crashed, and the others of this machine left no word\n' >&2
-    status=69
-  elif [[ -n $stopped && $status != 0 ]]; then
-    silent_end "$status" || status=$?
-  fi
-  return "$status"
-}
-
-# The last line on every machine: rank 0 has said more, on its own.
-explain() { # STATUS
-  case $1 in
-    69) printf 'pretrain.sh: exit status 69: a rank was lost or stalled; go on with --resume\n' >&2 ;;
-    74) printf 'pretrain.sh: exit status 74: the last checkpoint could not be written; make room and go on with --resume\n' >&2 ;;
-    75 | 130) printf 'pretrain.sh: exit status %s: stopped by a signal, nothing is lost; go on with --resume\n' "$1" >&2 ;;
-  esac
-}
-
-# The status of a run that a signal has ended and whose ranks have left none. Ranks leave one however they end, but for
-# those that a signal kills while Python still starts, and those that are killed with -KILL or never came to be.
-silent_end() { # STATUS_OF_TORCHRUN
-  local number after=$((SECONDS - stopped_at))
-  number=$(kill -l "$stopped")
-  if [[ -n $again ]]; then
-    printf 'pretrain.sh: SIG%s after another signal ended the run at once\n' "$stopped" >&2
-    return $((128 + number))
-  elif (($1 != 1 && $1 != 128 + number)); then
-    printf 'pretrain.sh: after SIG%s torchrun ended with %s, and its ranks left no word\n' "$stopped" "$1" >&2
-    return "$1"
-  elif ((after >= shutdown_timeout)); then # torchrun has killed them
-    printf 'pretrain.sh: no rank has saved in the %s s since SIG%s; go on with --resume\n' "$after" "$stopped" >&2
-    return 69
-  fi
-  printf 'pretrain.sh: SIG%s came before there was anything to save; go on with --resume\n' "$stopped" >&2
-  [[ $stopped == INT ]] && return 130
-  return 75
+  command+=(-m ssr_deepspeed.pretrain "${resumed[@]}" ${resume:+"$resume"})
 }
 
 train() {
-  local attempt status=0
+  local attempt=0 status=0 since=$SECONDS
   if ((nodes > 1)); then
-    printf 'pretrain.sh: waiting at most %s s until all %s machines are at %s\n' "$join_timeout" "$nodes" "$rendezvous" >&2
+    say "waiting at most $join_timeout s until all $nodes machines are at $rendezvous"
     warn_of_loopback
-    check_place
+    check_place || return
   fi
   if [[ -n $preflight ]]; then
     preflight_command
-    run_ranks || return
-  fi
-  for ((attempt = 0; attempt <= restarts; attempt++)); do
-    if ((attempt)); then
-      printf 'pretrain.sh: exit status %s; restart %s of %s\n' "$status" "$attempt" "$restarts" >&2
+    run_ranks || status=$?
+    if ((status)); then
+      tell_unmet
+      return "$status"
     fi
+  fi
+  while :; do
     status=0
     training_command "$attempt"
     run_ranks || status=$?
-    case $status in
-      1 | 69) [[ -z $stopped ]] || break ;; # a failure that may pass
-      *) break ;;
-    esac
+    [[ -z $stopped ]] || break
+    if [[ -n $unmet ]] && ((attempt && SECONDS - since < join_timeout)); then
+      # It came upon a machine that had yet to end the attempt before, and that has now left with its meeting place.
+      sleep 3 || true
+      continue
+    fi
+    # What may pass. An error before training has begun would come again.
+    [[ $status == 69 || ($status == 1 && -n $trained) ]] || break
+    ((attempt < restarts)) || break
+    attempt=$((attempt + 1)) since=$SECONDS
+    say "exit status $status; restart $attempt of $restarts"
   done
+  tell_unmet
   return "$status"
 }
 
@@ -390,9 +253,8 @@ print_commands() {
 
 # bash reads what is in braces to its end: a script changed while a run lasts would otherwise go on in its new text.
 {
-  declare -A given=() passed=()
-  arguments=() preflight=yes dry_run='' child='' stopped='' stopped_at='' again=''
-  shutdown_timeout=600 # seconds that ranks have to save, until torchrun kills them
+  declare -A given=()
+  arguments=() checks=() preflight=yes dry_run=''
   id=none port=0 rendezvous=
   read_options "$@"
   resolve
@@ -402,11 +264,12 @@ print_commands() {
   fi
   SSR_EXIT_FILE=$(mktemp)
   export SSR_EXIT_FILE
-  trap 'rm -f "$SSR_EXIT_FILE" "$SSR_EXIT_FILE.begun" "$SSR_EXIT_FILE.met"' EXIT
+  trap 'rm -f "$SSR_EXIT_FILE" "$SSR_EXIT_FILE".*' EXIT
   for signal in TERM INT USR1; do
     # shellcheck disable=SC2064  # its name now
     trap "pass_on $signal" "$signal"
   done
+  trap : PIPE # whoever read this is gone
   trap 'pass_on TERM' HUP # the terminal is gone; torchrun, in a group of its own, does not hear of it
   train
   exit

@@ -34,7 +34,10 @@ def main(arguments: list[str] | None = None) -> None:
     # torch and DeepSpeed take seconds to import; --help and a misspelt flag should not.
     from ssr_deepspeed.pretrain.config import load_run
     from ssr_deepspeed.pretrain.ranks import be_alone
+    from ssr_deepspeed.pretrain.signals import outlive_console
     from ssr_deepspeed.pretrain.supervise import supervise
+
+    outlive_console()
 
     try:
         config = load_run(options.config, options.set)
@@ -44,10 +47,14 @@ def main(arguments: list[str] | None = None) -> None:
     launched = "RANK" in os.environ
     if not launched:
         be_alone("ssr-pretrain")
-    existing: Existing = "overwrite" if options.overwrite else "refuse"
+    sys.exit(supervise(config, options.output, existing_of(options), options.compare, launched))
+
+
+def existing_of(options: argparse.Namespace) -> Existing:
+    """What to do with a run that the folder holds."""
     if options.resume:
-        existing = "weights" if options.resume == "weights" else "resume"
-    sys.exit(supervise(config, options.output, existing, options.compare, launched))
+        return "weights" if options.resume == "weights" else "resume"
+    return "overwrite" if options.overwrite else "refuse"
 
 
 def add_arguments(parser: argparse.ArgumentParser, output_required: bool = True) -> None:

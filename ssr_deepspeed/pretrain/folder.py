@@ -23,9 +23,12 @@ from ssr_deepspeed.pretrain.manifest import Manifest, by_step, set_aside
 from ssr_deepspeed.pretrain.signals import say
 
 Existing = Literal["refuse", "resume", "weights", "overwrite"]
+BEGINNING = "what to do with a run that --output holds (--resume, --overwrite)"
 HOLDS_RUN = "{folder} holds a run already: --resume it, --overwrite it or name another --output"
 LEASE = 120.0
 """Seconds after which file servers let go of what a lost host had locked; NFS 4's usual lease is 90."""
+
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def claim(folder: Path, settings: dict[str, Any], existing: Existing) -> TextIO:
@@ -70,27 +73,30 @@ def _lock(lock: TextIO, folder: Path) -> None:
 
     A file server does so for a host that is lost only after a while: so another host's lock is waited for.
     """
-    host, deadline, told = socket.gethostname(), time.monotonic() + LEASE, False
+    # Hosts may share a name, as a pod and the one that replaces it do.
+    machine = f"boot {_BOOT.read_text().strip()}" if _BOOT.exists() else f"host {socket.gethostname()}"
+    deadline, told = time.monotonic() + LEASE, False
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
-            holder = _holder(lock)
-            if not holder or f"host {host}," in holder or time.monotonic() > deadline:
+            lock.seek(0)
+            holder = lock.read()
+            if not holder or machine in holder or time.monotonic() > deadline:
                 raise
             if not told:
-                say(f"{folder} is held by another process{holder}: waiting for it, at most {LEASE:g} s")
+                say(f"{folder} is held by another process{_holder(lock)}: waiting for it, at most {LEASE:g} s")
             told = True
             time.sleep(0.5)
     lock.truncate(0)
-    lock.write(f"host {host}, process {os.getpid()}")
+    lock.write(f"host {socket.gethostname()}, process {os.getpid()}\n{machine}")
     lock.flush()
 
 
 def _holder(lock: TextIO) -> str:
     lock.seek(0)
-    found = lock.read().strip()
+    found = lock.readline().strip()
     return f" ({found})" if found else ""
 
 

@@ -8,7 +8,7 @@ that, it ends the process at once.
 
 from __future__ import annotations
 
-import contextlib
+import io
 import os
 import signal
 import socket
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -74,6 +74,7 @@ class Signals:
             # writes to the wakeup descriptor is in C.
             signal.signal(number, lambda *_: None)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        _tell(".started", "")  # whoever dies from here on without a word has been lost
 
     def asked(self) -> int:
         """The signal to stop by, 0 for none."""
@@ -82,7 +83,6 @@ class Signals:
     def arm(self) -> None:
         """From here on the run stops by itself where a signal asks it to."""
         self._armed = True
-        # Whoever dies from here on without a word has been lost.
         _tell(".begun", "")
 
     def ignore(self) -> None:
@@ -110,7 +110,7 @@ class Signals:
             leave(128 + number)
         if not self._armed:
             say(f"{number.name} before training has begun: ending, there is nothing to save")
-            leave(exit_code(number))
+            leave(exit_code(number), follows=True)
         self._asked = self._asked or number
         if not before:
             say(f"{number.name}: saving at the end of the step")
@@ -161,19 +161,23 @@ class Agreement:
         return self.agreed()
 
 
-def leave(code: int) -> NoReturn:
-    """End this process now, other threads and collectives or not, and tell the launcher why."""
-    tell_launcher(code)
+def leave(code: int, follows: bool = False) -> NoReturn:
+    """End this process now, other threads and collectives or not, and tell the launcher as `tell_launcher` does."""
+    tell_launcher(code, follows)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def tell_launcher(code: int) -> None:
-    """Write the exit code to the file that SSR_EXIT_FILE names: torchrun's own is 1 for all of its workers'."""
+def tell_launcher(code: int, follows: bool = False) -> None:
+    """Write the exit code to the file that SSR_EXIT_FILE names: torchrun's own is 1 for all of its workers'.
+
+    Args:
+        follows: this process may end because of another, whose code stays, as it does where one is missed (LOST).
+    """
     path = os.environ.get("SSR_EXIT_FILE")
-    if path and code == LOST and Path(path).is_file() and Path(path).stat().st_size:
-        return  # the rank that is missed has said why
+    if path and (follows or code == LOST) and Path(path).is_file() and Path(path).stat().st_size:
+        return
     _tell("", f"{code}\n")
 
 
@@ -186,6 +190,25 @@ def _tell(suffix: str, content: str) -> None:
             say(f"cannot write SSR_EXIT_FILE = {path}: {error}")
 
 
+class _Console(io.FileIO):
+    """Standard output or error, also when nobody reads it any more."""
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError:
+            return memoryview(content).nbytes
+
+
+def outlive_console() -> None:
+    """From here on nothing that is printed can fail: a terminal or a pipe may go before the run does."""
+    for name in ("stdout", "stderr"):
+        old = getattr(sys, name)
+        old.flush()
+        raw = io.BufferedWriter(_Console(old.fileno(), "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(raw, old.encoding, old.errors, None, old.line_buffering, old.write_through))
+
+
 def say_once(sentence: str) -> None:
     """One line for what all ranks know alike."""
     if dist.get_rank() == 0:
@@ -194,6 +217,5 @@ def say_once(sentence: str) -> None:
 
 def say(sentence: str) -> None:
     """One line on stderr, with the rank. In one write: lines of several ranks stay whole."""
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        sys.stderr.write(f"ssr-pretrain, rank {os.environ.get('RANK', 0)}: {sentence}\n")
-        sys.stderr.flush()
+    sys.stderr.write(f"ssr-pretrain, rank {os.environ.get('RANK', 0)}: {sentence}\n")
+    sys.stderr.flush()

@@ -50,13 +50,19 @@ def supervise(
         What `sys.exit` is to be called with.
     """
     signals = Signals(launched)
-    watch = _join(config, signals)
+    try:
+        watch = _join(config, signals)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
     try:
         try:
             run = Run(config, folder, existing, compare, asked=signals.asked, moved=watch.moved)
         except ValueError as error:
             # Every rank raises the same error; one of each machine says it.
+            tell_launcher(1)
             return f"ssr-pretrain: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1
+        dist.barrier()  # no machine restarts as if the run were there, and another as if it were not
         signals.arm()
         code = _train(run, watch)
         signals.ignore()  # of several ranks that end, torchrun ends the last with SIGTERM

@@ -29,7 +29,7 @@ from ssr_deepspeed.pretrain.checkpoint import Checkpoints, NotSavedError
 from ssr_deepspeed.pretrain.config import DataConfig, RunConfig
 from ssr_deepspeed.pretrain.deepspeed_json import check_batch
 from ssr_deepspeed.pretrain.evaluate import evaluate
-from ssr_deepspeed.pretrain.folder import Existing, begin, claim
+from ssr_deepspeed.pretrain.folder import BEGINNING, Existing, begin, claim
 from ssr_deepspeed.pretrain.manifest import Manifest, choose
 from ssr_deepspeed.pretrain.model import MoELanguageModel
 from ssr_deepspeed.pretrain.prepare import prepare
@@ -48,7 +48,7 @@ class Run:
             newest whole checkpoint (`"weights"`: also at another number of ranks or `ep_size`), or remove it.
         compare: folders of other runs to show in the report.
         asked: the signal that this process was asked to stop by, 0 for none.
-        moved: told where this rank is, at each step and in what takes longer.
+        moved: told where this rank is, as `Watch.moved` is.
 
     Raises:
         ValueError: on every rank alike, for data or settings that cannot be used, a folder that
@@ -63,11 +63,11 @@ class Run:
         compare: Sequence[Path] = (),
         *,
         asked: Callable[[], int] = lambda: 0,
-        moved: Callable[[str], None] = lambda where: None,
+        moved: Callable[..., None] = lambda where, alone=False: None,
     ) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.folder, self.compare, self.moved = folder, compare, moved
-        _check_equal(config)
+        _check_equal(config, existing)
         config.check_ranks(self.ranks)
         check_layout(config.model, self.ranks)
         check_batch(config.deepspeed, self.ranks)
@@ -156,9 +156,9 @@ class Run:
             if self.owes_evaluation:  # stopped again, at the checkpoint it began from
                 raise Stopped(self._stopped_by, self.first_step)
         for step in range(self.first_step + 1, config.steps + 1):
-            self.moved(f"in step {step}")
             self.stop.ask()
             for _ in range(accumulation):
+                self.moved(f"in step {step}")
                 tokens_BL, labels_BL, _ = progress.fetch(batches)
                 tokens_BL = tokens_BL.to(engine.device, non_blocking=True)
                 output = engine(tokens_BL, labels_BL.to(engine.device, non_blocking=True))
@@ -209,7 +209,7 @@ class Run:
             raise Stopped(number, step)
 
     def _save(self, must: bool) -> None:
-        self.moved(f"saving step {self.engine.global_steps}")
+        self.moved(f"saving step {self.engine.global_steps}", alone=True)
         problem = self.checkpoints.save(self.samples, self.progress.seconds, self.losses, self.owes_evaluation)
         if problem and must:
             raise NotSavedError(problem)
@@ -298,9 +298,9 @@ def _check_start(start: Manifest, ranks: int, ep_size: int, existing: Existing) 
         )
 
 
-def _check_equal(config: RunConfig) -> None:
+def _check_equal(config: RunConfig, existing: Existing) -> None:
     """Each machine has read its own files and its own command line. Where the text lies may differ."""
-    own = config.to_dict()
+    own = {**config.to_dict(), BEGINNING: existing}
     own["data"] = {key: value for key, value in own["data"].items() if key not in ("source", "prepared", "cache")}
     settings = gather_objects(own)
     for rank, other in enumerate(settings):

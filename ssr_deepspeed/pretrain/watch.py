@@ -29,7 +29,7 @@ _SILENCE = 25.0
 # The same where this process is asked to end, perhaps because a rank of its machine has died: torchrun kills the
 # others after 30 s.
 _HURRY = 10.0
-# Looks in a row, as far apart, at which the store is out of reach, until nobody there is waited for any more.
+# Looks in a row at which the store is out of reach, and silences that they take, until nobody there is waited for.
 _LOOKS = 3
 _UNREACHABLE = "the launcher's store is out of reach: its host is down, or this one is cut off"
 
@@ -65,7 +65,7 @@ class Watch:
         self.interval = min(2.0, timeout / 8)
         self.rank, self._keys = dist.get_rank(), [str(rank) for rank in range(dist.get_world_size())]
         self._beats, self._moves, self._where, self._moved = 0, 0, "at the start", time.monotonic()
-        self._code = 0
+        self._code, self._alone = 0, False
         self._ended, self._wanted, self._answered = threading.Event(), threading.Event(), threading.Event()
         self._answer: dict[int, _Beat] = {}
         self._looking = threading.Lock()
@@ -76,9 +76,13 @@ class Watch:
         for work in (self._talk, self._decide):
             threading.Thread(target=work, name=f"watch{work.__name__}", daemon=True).start()
 
-    def moved(self, where: str) -> None:
-        """The main thread is here; every rank comes through the same places in the same order."""
-        self._moves, self._where, self._moved = self._moves + 1, where, time.monotonic()
+    def moved(self, where: str, alone: bool = False) -> None:
+        """The main thread is here; every rank comes through the same places in the same order.
+
+        Args:
+            alone: busy with its own disk, which takes as long as it takes: that the launcher is gone ends nothing.
+        """
+        self._moves, self._where, self._moved, self._alone = self._moves + 1, where, time.monotonic(), alone
 
     def close(self) -> None:
         """The run is over; no rank waits for this one any more."""
@@ -120,9 +124,14 @@ class Watch:
                 now = self._look()
                 silent = self._silent(before, now) if before and now else []
                 unheard = 0 if now else unheard + 1
-                if silent or unheard == _LOOKS or still > self.timeout:
+                if silent or still > self.timeout or (unheard >= _LOOKS and self._is_cut_off(still)):
                     self._give_up(still, silent, now)
                 before, looked = now, time.monotonic()
+
+    def _is_cut_off(self, still: float) -> bool:
+        """Whether a store out of reach is reason enough: a launcher may end while its ranks still train or save."""
+        patience = _LOOKS * min(_SILENCE, self.timeout / 4)
+        return still > patience and not self._alone and len(self._keys) > 1
 
     def _talk(self) -> None:
         while not self._ended.is_set():

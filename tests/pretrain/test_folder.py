@@ -38,3 +38,11 @@ def test_the_lock_of_a_host_that_is_lost_is_waited_for(tmp_path, monkeypatch, ca
     named = pytest.raises(ValueError, match=r"\(host elsewhere, process 8\): .* if its host is down, remove .*\.lock")
     with held(tmp_path, "host elsewhere, process 8"), named:
         claim(tmp_path, {}, "resume")
+
+
+def test_so_is_that_of_a_lost_host_whose_name_this_one_has_taken_over(tmp_path, capsys):
+    """As a pod does that replaces another."""
+    other = held(tmp_path, f"host {socket.gethostname()}, process 7\nboot of-another-machine")
+    threading.Timer(0.2, other.close).start()
+    claim(tmp_path, {}, "resume").close()
+    assert "waiting for it" in capsys.readouterr().err
