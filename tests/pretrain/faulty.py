@@ -42,6 +42,10 @@ def freeze():
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def stall():
+    time.sleep(10**6)
+
+
 def until_asked():
     """Until the signal has arrived, which another thread takes in."""
     deadline = time.monotonic() + 120
@@ -110,6 +114,8 @@ def inject(fault, step):
         before(checkpoint._Writer, "_save", die, lambda writer, *_: engines[0].global_steps == step and writer.files)
     elif fault == "raises":
         before(*in_step, fail, at_step)
+    elif fault == "stalls":
+        before(*in_step, stall, at_step)
     elif fault == "frozen":
         before(*in_step, freeze, at_step)
     elif fault == "disk full":

@@ -104,11 +104,15 @@ def whole(cache, tmp_path_factory):
     return folder / "run"
 
 
-def assert_equal_runs(folder, whole):
+def assert_equal_records(folder, whole):
     for kind in ("train", "load", "experts", "evaluation"):
         assert [timeless(record) for record in records(folder, kind)] == [
             timeless(record) for record in records(whole, kind)
         ], kind
+
+
+def assert_equal_runs(folder, whole):
+    assert_equal_records(folder, whole)
     assert sorted(path.name for path in (folder / "checkpoints").glob("step_*")) == ["step_4", "step_6"]
     assert (folder / "checkpoints" / "latest").read_text() == "step_6"
 
@@ -160,12 +164,24 @@ def test_a_frozen_rank_is_named_before_the_timeout_and_the_others_exit(cache, tm
 
 
 @pytest.mark.slow
+def test_a_rank_that_stalls_is_named_at_the_timeout_by_all_and_the_run_goes_on(cache, tmp_path, whole):
+    """It is alive, so that nothing but the timeout tells; the others are further by no place but its own."""
+    job = Job(tmp_path, settings_of(cache, timeout=20), fault=("stalls", 1, 5))
+    code, own = job.end()
+    assert (code, own) == (1, 69), job.text()
+    assert re.search(r"no progress for 2\d s in step 5: all ranks are alive", job.text()), job.text()
+    assert "in stall" in job.text()
+    assert_resumes(tmp_path, cache, whole, 4)
+
+
+@pytest.mark.slow
 def test_a_disk_that_is_full_on_one_rank_costs_one_checkpoint(cache, tmp_path, whole):
     job = Job(tmp_path, settings_of(cache), fault=("disk full", 1, 4))
     assert job.end() == (0, None), job.text()
     warning = "WARNING: the checkpoint of step 4 could not be written (rank 1, File too large)"
     assert job.text().count(warning) == 1, job.text()
     assert [path.name for path in sorted((job.folder / "checkpoints").glob("step_*"))] == ["step_2", "step_6"]
+    assert_equal_records(job.folder, whole)
 
 
 @pytest.mark.slow
@@ -183,6 +199,8 @@ def test_a_last_save_on_a_full_disk_exits_with_its_own_code(cache, tmp_path, who
     ("fault", "step", "saved", "code"),
     [
         ("SIGTERM in evaluation", 2, 2, 75),
+        # Its own evaluation, and then the one at the end.
+        ("SIGTERM in evaluation", 6, 6, 75),
         ("SIGTERM in a save", 4, 4, 75),
         # Heard at the end of the next step, whose evaluation is then owed; the next record is due two steps later.
         ("SIGUSR1", 3, 4, 75),

@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -30,6 +32,46 @@ def _get(numbers, armed, same, exit_file, survives):
     until(lambda: survives)
     assert taken.asked() == numbers[0]
     os._exit(7)
+
+
+def test_the_code_of_a_rank_that_failed_outlasts_those_of_its_neighbours(tmp_path):
+    """torchrun ends them with SIGTERM, before they have trained; a later error of a rank's own counts again."""
+    file = tmp_path / "code"
+    file.write_text("69\n")
+    process = _context.Process(target=_get, args=([signal.SIGTERM], False, 60, str(file), False))
+    process.start()
+    process.join(120)
+    assert (process.exitcode, file.read_text()) == (75, "69\n")
+    assert (tmp_path / "code.started").exists()
+    assert not (tmp_path / "code.begun").exists()
+
+
+SPEAKS = """
+import sys
+from ssr_deepspeed.pretrain.signals import outlive_console, say
+outlive_console()
+print("ready", file=sys.stderr, flush=True)
+sys.stdin.readline()
+for _ in range(2):
+    print("step 1", flush=True)
+    say("saved")
+try:
+    raise MemoryError
+except MemoryError:
+    __import__("traceback").print_exc()
+sys.exit(75)
+"""
+
+
+def test_a_console_that_is_gone_ends_nothing():
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", SPEAKS], text=True, **pipes)
+    assert any("ready" in line for line in iter(process.stderr.readline, ""))
+    process.stdout.close()
+    process.stderr.close()
+    process.stdin.write("\n")
+    process.stdin.close()
+    assert process.wait(timeout=60) == 75
 
 
 @pytest.mark.parametrize(
