@@ -1,17 +1,21 @@
 """launch/ranks.sh between a torchrun of our own and whoever started it: signals, exit statuses, places to meet."""
 
 import contextlib
+import fcntl
 import os
+import pty
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.launch.runs import SCRIPT, environment, heed_signals, wait_for
+from tests.launch.runs import SCRIPT, arguments, environment, heed_signals, latest, losses, wait_for
 
 RANKS = SCRIPT.with_name("ranks.sh")
 RUN = ["--config", "tiny_cpu", "--output", "runs/a b", "--set", "steps=4"]
@@ -328,3 +332,31 @@ def test_a_console_that_is_gone_changes_no_status(stream, fake, tmp_path):
     (tmp_path / "gone").touch()
     assert process.wait(timeout=60) == 69
     assert calls(tmp_path) == [RAN, RAN]
+
+
+@pytest.mark.slow
+def test_a_terminal_that_hangs_up_leaves_a_checkpoint(cache, tmp_path):
+    """As that of a connection does which is lost; nothing reads any more what the ranks say."""
+    run, (ours, theirs) = tmp_path / "run", pty.openpty()
+
+    def take_terminal():
+        heed_signals()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        [SCRIPT, "--ranks-per-node", "2", "--no-preflight", *arguments(cache, run, 100_000)],
+        env=environment(),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    )
+    os.close(theirs)
+    deadline = time.monotonic() + 200
+    while latest(run) < 20:
+        assert time.monotonic() < deadline
+        os.read(ours, 2**16)
+    os.close(ours)
+    assert process.wait(timeout=120) == 75
+    assert latest(run) == max(losses(run))
