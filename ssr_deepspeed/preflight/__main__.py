@@ -18,7 +18,7 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
-from ssr_deepspeed.pretrain.__main__ import add_arguments
+from ssr_deepspeed.pretrain.__main__ import add_arguments, existing_of
 from ssr_deepspeed.pretrain.ranks import be_alone
 
 _COMMAND = "ssr-preflight"
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         config=options.config,
         overrides=options.set,
         output=options.output,
-        begins=not (options.resume or options.overwrite),
+        existing=existing_of(options),
         expect_ranks=options.expect_ranks,
         hostfile=options.hostfile,
         quick=options.quick,

@@ -19,6 +19,7 @@ from ssr_deepspeed.preflight.network import check_all_reduce, check_all_to_all
 from ssr_deepspeed.preflight.storage import check_disk, check_output
 from ssr_deepspeed.preflight.text import check_text
 from ssr_deepspeed.pretrain.config import RunConfig, load_run
+from ssr_deepspeed.pretrain.folder import Existing
 from ssr_deepspeed.pretrain.sizes import micro_batch_of
 from ssr_deepspeed.routing import expert_capacity
 
@@ -33,8 +34,8 @@ class Request:
     """`KEY=VALUE` of --set."""
     output: Path | None = None
     """The run's folder."""
-    begins: bool = False
-    """The run is a new one: the folder may not hold another."""
+    existing: Existing = "resume"
+    """What to do with a run that the folder holds; `refuse`: it may hold none."""
     expect_ranks: int | None = None
     """Ranks that must have joined, whatever a scheduler promises."""
     hostfile: Path | None = None
@@ -84,7 +85,7 @@ def _check_network(job: Job, config: RunConfig | None, layout: Layout | None, ti
 def _check_supplies(job: Job, request: Request, config: RunConfig | None) -> list[Finding]:
     """Text, memory and disk for the run."""
     output = request.output
-    findings = [check_output(job, output, request.begins) if output else skipped("output", "no --output is given")]
+    findings = [check_output(job, output, request.existing) if output else skipped("output", "no --output is given")]
     if config is None:
         return [*findings, *(skipped(name, "see configuration") for name in ("text", "memory", "disk"))]
     text, vocabulary = check_text(job, config.data)

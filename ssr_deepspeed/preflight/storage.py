@@ -8,10 +8,11 @@ import time
 import uuid
 from pathlib import Path
 
+from ssr_deepspeed.preflight.equality import differences
 from ssr_deepspeed.preflight.findings import Finding, judged
 from ssr_deepspeed.preflight.job import Job
 from ssr_deepspeed.pretrain.config import RunConfig
-from ssr_deepspeed.pretrain.folder import HOLDS_RUN, holds_run
+from ssr_deepspeed.pretrain.folder import BEGINNING, HOLDS_RUN, Existing, holds_run
 from ssr_deepspeed.pretrain.sizes import checkpoint_bytes
 
 _GB = 10**9
@@ -19,15 +20,17 @@ _GB = 10**9
 _SECONDS = 5.0
 
 
-def check_output(job: Job, folder: Path, begins: bool) -> Finding:
-    """Every rank can write the folder, and sees what rank 0 wrote there.
+def check_output(job: Job, folder: Path, existing: Existing) -> Finding:
+    """Every rank can write the folder, sees what rank 0 wrote there, and would do the same with a run that it holds.
 
     Args:
-        begins: the run does not go on from what the folder holds, and does not replace it.
+        existing: what this rank is to do with that run.
     """
-    held = job.attempt(lambda: begins and holds_run(folder), here=job.rank == 0)[0]
+    told = differences(job, job.gather({BEGINNING: existing}))
+    failures = [f"{sentence}: give the same flags to every host" for sentence in told]
+    held = job.attempt(lambda: existing == "refuse" and holds_run(folder), here=job.rank == 0)[0]
     if held.result:
-        return judged("output", "", failures=[HOLDS_RUN.format(folder=folder)])
+        return judged("output", "", failures=[*failures, HOLDS_RUN.format(folder=folder)])
     token = job.gather(uuid.uuid4().hex)[0]
     made = job.attempt(lambda: _missing_parents(folder), here=job.rank in job.leaders)
     written = job.attempt(lambda: _write(folder, token, job.rank))
@@ -36,7 +39,7 @@ def check_output(job: Job, folder: Path, begins: bool) -> Finding:
     # Nobody removes a file before all have looked for it.
     job.attempt(lambda: _file(folder, token, job.rank).unlink(missing_ok=True))
     job.attempt(lambda: _remove_empty(made[job.rank].result or []), here=job.rank in job.leaders)
-    failures = [f"{problem}: give --output a folder that it may write" for problem in job.problems(written)]
+    failures += [f"{problem}: give --output a folder that it may write" for problem in job.problems(written)]
     blind = [rank for rank, (sees, _) in enumerate(seen) if not sees]
     if blind:
         failures.append(

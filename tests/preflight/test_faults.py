@@ -20,6 +20,7 @@ from ssr_deepspeed.preflight.findings import Status, table
 from ssr_deepspeed.preflight.job import join
 from ssr_deepspeed.preflight.joined import check_ranks
 from ssr_deepspeed.pretrain.config import load_run
+from ssr_deepspeed.pretrain.folder import HOLDS_RUN
 from ssr_deepspeed.pretrain.prepare import prepare
 from tests.gloo import run_ranks
 
@@ -151,6 +152,28 @@ def _storage_and_clocks(rank, text, folder, small_disk):
         assert "are free for it: lower" in sentence(result, "memory", Status.FAILURE)
 
 
+def _a_run_that_is_there(rank, text, folder):
+    """What is to become of it is the same on every host, and asked before the run is waited for."""
+    home = folder / "there"
+
+    def told(status, *existing):
+        with faults() as patch:
+            one = existing[min(rank, len(existing) - 1)]
+            return sentence(
+                found(patch, overrides=[text], quick=True, output=home, existing=one, hosts="ab"), "output", status
+            )
+
+    for other in ("weights", "refuse"):
+        said = told(Status.FAILURE, "resume", other)
+        assert f"(--resume, --overwrite) is '{other}' on rank 1 (b), and 'resume' on the others: give" in said
+    told(Status.OK, "refuse")
+    job = join(timedelta(seconds=30))
+    job.attempt(lambda: (home.mkdir(), (home / "metrics.jsonl").touch()), here=rank == 0)
+    assert told(Status.FAILURE, "refuse") == HOLDS_RUN.format(folder=home)
+    for existing in ("resume", "weights", "overwrite"):
+        told(Status.OK, existing)
+
+
 def _prepared_text(rank, text, folder):
     """Each rank in a folder of its own, where a document is missing on rank 1 when the text is prepared again."""
     home = folder / f"text_{rank}"
@@ -201,6 +224,7 @@ def _two_ranks(text, folder, small_disk):
     _software_and_settings(rank, text)
     _network(rank, text)
     _storage_and_clocks(rank, text, folder, small_disk)
+    _a_run_that_is_there(rank, text, folder)
     _prepared_text(rank, text, folder)
     _who_joined(text, folder)
 
