@@ -90,7 +90,11 @@ def _check_supplies(job: Job, request: Request, config: RunConfig | None) -> lis
         return [*findings, *(skipped(name, "see configuration") for name in ("text", "memory", "disk"))]
     text, vocabulary = check_text(job, config.data)
     findings += [text, check_memory(job, config, vocabulary)]
-    disk = check_disk(job, output, config, vocabulary) if output else skipped("disk", "no --output is given")
+    disk = (
+        check_disk(job, output, request.existing, config, vocabulary)
+        if output
+        else skipped("disk", "no --output is given")
+    )
     return [*findings, disk]
 
 

@@ -13,6 +13,7 @@ from ssr_deepspeed.preflight.findings import Finding, judged
 from ssr_deepspeed.preflight.job import Job
 from ssr_deepspeed.pretrain.config import RunConfig
 from ssr_deepspeed.pretrain.folder import BEGINNING, HOLDS_RUN, Existing, holds_run
+from ssr_deepspeed.pretrain.manifest import PARTIAL, by_step
 from ssr_deepspeed.pretrain.sizes import checkpoint_bytes
 
 _GB = 10**9
@@ -49,15 +50,14 @@ def check_output(job: Job, folder: Path, existing: Existing) -> Finding:
     return judged("output", f"{folder} is written and seen by every rank", failures=failures)
 
 
-def check_disk(job: Job, folder: Path, config: RunConfig, vocabulary: int) -> Finding:
+def check_disk(job: Job, folder: Path, existing: Existing, config: RunConfig, vocabulary: int) -> Finding:
     """Room for the checkpoints that are kept, and for the next one, which is written before the oldest goes."""
     estimates = job.attempt(lambda: checkpoint_bytes(config, vocabulary), here=job.rank == 0)
-    kept = job.attempt(lambda: _bytes_of(folder / "checkpoints"), here=job.rank == 0)
+    dropped = job.attempt(lambda: sum(map(_bytes_of, _dropped(folder / "checkpoints", existing))), here=job.rank == 0)
     outcomes = job.attempt(lambda: shutil.disk_usage(_existing(folder)).free)
-    if failures := job.problems(estimates) + job.problems(kept) + job.problems(outcomes):
+    if failures := job.problems(estimates) + job.problems(dropped) + job.problems(outcomes):
         return judged("disk", "", failures=failures)
-    # A resumed run drops the checkpoints that are there as it writes its own.
-    one, free = estimates[0].result, [outcome.result + kept[0].result for outcome in outcomes]
+    one, free = estimates[0].result, [outcome.result + dropped[0].result for outcome in outcomes]
     needed = one * (config.keep_checkpoints + 1)
     what = f"{config.keep_checkpoints} checkpoints of {one / _GB:.3g} GB and one being written"
     short = [rank for rank, there in enumerate(free) if there < needed]
@@ -101,6 +101,13 @@ def _remove_empty(folders: list[Path]) -> None:
     for path in folders:
         if not any(path.iterdir()):
             path.rmdir()
+
+
+def _dropped(checkpoints: Path, existing: Existing) -> list[Path]:
+    """What the run removes of those that are there: a resumed one, as it writes its own, all but the damaged."""
+    if existing == "overwrite":
+        return [checkpoints]
+    return [*by_step(checkpoints), *checkpoints.glob(f"step_*{PARTIAL}")]
 
 
 def _bytes_of(folder: Path) -> int:

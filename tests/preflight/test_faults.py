@@ -19,9 +19,11 @@ from ssr_deepspeed.preflight.checks import Request, run_checks
 from ssr_deepspeed.preflight.findings import Status, table
 from ssr_deepspeed.preflight.job import join
 from ssr_deepspeed.preflight.joined import check_ranks
+from ssr_deepspeed.preflight.storage import check_disk
 from ssr_deepspeed.pretrain.config import load_run
 from ssr_deepspeed.pretrain.folder import HOLDS_RUN
 from ssr_deepspeed.pretrain.prepare import prepare
+from ssr_deepspeed.pretrain.sizes import checkpoint_bytes
 from tests.gloo import run_ranks
 
 SMALL = [
@@ -174,6 +176,29 @@ def _a_run_that_is_there(rank, text, folder):
         told(Status.OK, existing)
 
 
+def _disk_beside_checkpoints(text, folder):
+    """Room is what is free and what the run itself will remove; a damaged checkpoint stays when it resumes."""
+    job, config = join(timedelta(seconds=30)), load_run("tiny_cpu", [*SMALL, text])
+    one = checkpoint_bytes(config, 257)
+    home = folder / f"kept_{job.rank}"
+    for name in ("step_20.damaged", "step_20", "step_40.partial"):
+        (home / "checkpoints" / name).mkdir(parents=True)
+        with (home / "checkpoints" / name / "weights").open("wb") as file:
+            file.truncate(one)
+
+    def told(kept, existing="resume"):
+        """With room for as many as are to be kept, and for the one being written."""
+        with faults() as patch:
+            usage = shutil.disk_usage("/")._replace(free=0)
+            patch.setattr(shutil, "disk_usage", lambda _: usage)
+            return check_disk(job, home, existing, replace(config, keep_checkpoints=kept), 257).status
+
+    assert told(1) is Status.OK
+    assert told(2) is Status.FAILURE
+    assert told(2, "overwrite") is Status.OK
+    assert told(3, "overwrite") is Status.FAILURE
+
+
 def _prepared_text(rank, text, folder):
     """Each rank in a folder of its own, where a document is missing on rank 1 when the text is prepared again."""
     home = folder / f"text_{rank}"
@@ -225,6 +250,7 @@ def _two_ranks(text, folder, small_disk):
     _network(rank, text)
     _storage_and_clocks(rank, text, folder, small_disk)
     _a_run_that_is_there(rank, text, folder)
+    _disk_beside_checkpoints(text, folder)
     _prepared_text(rank, text, folder)
     _who_joined(text, folder)
 
