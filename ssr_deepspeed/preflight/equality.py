@@ -21,7 +21,7 @@ from ssr_deepspeed.preflight.job import Job, shortened
 from ssr_deepspeed.pretrain.config import RunConfig
 from ssr_deepspeed.pretrain.deepspeed_json import check_batch
 
-_PACKAGES = ("deepspeed", "transformers", "datasets", "tokenizers", "numpy")
+_PACKAGES = ("deepspeed", "transformers", "datasets", "tokenizers", "numpy", "triton", "accelerate")
 _VARIABLES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_DEVICE_MAX_CONNECTIONS")
 
 

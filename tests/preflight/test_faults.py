@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -14,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ssr_deepspeed.preflight import links, network, storage
+import ssr_deepspeed
+from ssr_deepspeed.preflight import equality, hosts, links, network, storage
 from ssr_deepspeed.preflight.checks import Request, run_checks
 from ssr_deepspeed.preflight.findings import Status, table
 from ssr_deepspeed.preflight.job import join
@@ -23,7 +25,7 @@ from ssr_deepspeed.preflight.storage import check_disk
 from ssr_deepspeed.pretrain.config import load_run
 from ssr_deepspeed.pretrain.folder import HOLDS_RUN
 from ssr_deepspeed.pretrain.prepare import prepare
-from ssr_deepspeed.pretrain.sizes import checkpoint_bytes
+from ssr_deepspeed.pretrain.sizes import checkpoint_bytes, memory_of
 from tests.gloo import run_ranks
 
 SMALL = [
@@ -74,16 +76,41 @@ def spoil(collective, patch, index):
     patch.setattr(dist, collective, spoiled)
 
 
+def _software(rank):
+    """Another version of each thing on rank 1, those that belong to a GPU among them."""
+    packages = ("datasets", "triton", "accelerate")
+    with faults() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda.nccl, "version", lambda: (2, 28 + rank, 9))
+        patch.setattr(torch.cuda, "get_device_name", lambda: ["H", "A"][rank])
+        if rank == 1:
+            version = importlib.metadata.version
+            patch.setattr(importlib.metadata, "version", lambda name: "0" if name in packages else version(name))
+            patch.setattr(torch, "__version__", "2.0")
+            patch.setattr(torch.version, "cuda", "1.0")
+            patch.setattr(equality, "_hash_of_files", lambda: "f00")
+            patch.setattr(platform, "python_version", lambda: "3.0")
+        patch.setattr(socket, "gethostname", lambda: "ab"[rank])
+        finding = equality.check_versions(join(timedelta(seconds=30)))
+    told = dict.fromkeys(packages, "'0'")
+    told |= {"python": "'3.0'", "torch": "'2.0'", "CUDA": "'1.0'", "NCCL": "'2.29.9'", "GPU": "'A'"}
+    told["ssr_deepspeed"] = f"'{ssr_deepspeed.__version__} (files f00)'"
+    assert finding.status is Status.FAILURE
+    assert {sentence.partition(" on rank 1 (b), and ")[0] for sentence in finding.sentences} == {
+        f"{name} is {value}" for name, value in told.items()
+    }
+
+
 def _software_and_settings(rank, text):
     with faults() as patch:
         if rank == 1:
-            version = importlib.metadata.version
-            patch.setattr(importlib.metadata, "version", lambda name: "0" if name == "datasets" else version(name))
             patch.setenv("NCCL_SOCKET_IFNAME", "eth7")
+        patch.setenv("CUDA_VISIBLE_DEVICES", ["0,1", "1"][rank])
         result = found(patch, overrides=[text, f"steps={400 + 20 * rank}"], quick=True, hosts="ab")
-        told = sentence(result, "versions", Status.FAILURE)
-        assert "datasets is '0' on rank 1 (b)" in told
-        assert "torch" not in told
+        assert result["versions"].status is Status.OK
+        assert "number of CUDA_VISIBLE_DEVICES is '1' on rank 1 (b), and '2' on" in sentence(
+            result, "environment", Status.WARNING
+        )
         assert "NCCL_SOCKET_IFNAME is 'eth7' on rank 1 (b), and not set" in sentence(
             result, "environment", Status.WARNING
         )
@@ -152,6 +179,14 @@ def _storage_and_clocks(rank, text, folder, small_disk):
         result = found(patch, overrides=[text, "model.expert_width=9000000"], quick=True, output=folder / "file" / "x")
         assert "NotADirectoryError" in sentence(result, "output", Status.FAILURE)
         assert "are free for it: lower" in sentence(result, "memory", Status.FAILURE)
+    config, job = load_run("tiny_cpu", [*SMALL, text]), join(timedelta(seconds=30))
+    needed = sum(memory_of(config, 257, 2).values())
+    for share, status in ((0.78, Status.OK), (0.82, Status.WARNING), (0.93, Status.WARNING), (0.97, Status.FAILURE)):
+        with faults() as patch:
+            patch.setattr(hosts, "_free_bytes", lambda _, share=share: needed / [0.5, share][rank])
+            finding = hosts.check_memory(job, config, 257)
+        assert finding.status is status, finding
+        assert finding.sentences[0].startswith("rank 1 (") == (status is not Status.OK)
 
 
 def _a_run_that_is_there(rank, text, folder):
@@ -242,10 +277,13 @@ def _who_joined(text, folder):
     assert "--expect-ranks" in told(expected=2, hostfile=folder / "hosts", status=Status.OK)
     for name, value in {"SLURM_NTASKS": "8", "NNODES": "2:4", "WORLD_SIZE": "3", "SLURM_JOB_NUM_NODES": "2"}.items():
         assert name in told(**{name: value})
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        assert f"{name} = 3, but 2 joined" in told(**{name: "3"})
 
 
 def _two_ranks(text, folder, small_disk):
     rank = dist.get_rank()
+    _software(rank)
     _software_and_settings(rank, text)
     _network(rank, text)
     _storage_and_clocks(rank, text, folder, small_disk)
@@ -269,6 +307,18 @@ def small_disk(tmp_path):
 
 def test_two_ranks_agree_on_what_is_wrong_and_where(cache, tmp_path, small_disk):
     run_ranks(2, _two_ranks, f"data.source={cache}/speeches", tmp_path, small_disk, folder=tmp_path)
+
+
+def _unequal_hosts():
+    with faults() as patch:
+        patch.setattr(socket, "gethostname", lambda: "aab"[dist.get_rank()])
+        return check_ranks(join(timedelta(seconds=30)), None, None)
+
+
+def test_hosts_with_unequal_numbers_of_ranks_are_named(tmp_path):
+    for finding in run_ranks(3, _unequal_hosts, folder=tmp_path):
+        assert finding.status is Status.WARNING
+        assert finding.sentences[0].startswith("the hosts run unequal numbers of ranks (a 2, b 1)")
 
 
 def _healthy_then_slow(text, folder, config):
