@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from tests.launch.hosts import NEEDS_NETWORKS, NETWORK, TwoHosts
-from tests.launch.runs import ROOT, arguments, environment, heed_signals, latest, losses, wait_for
+from tests.launch.runs import ROOT, alone, arguments, environment, heed_signals, latest, losses, wait_for
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 JOB = {
@@ -66,6 +66,13 @@ def requeued(tmp_path):
     return "scontrol requeue 5003" in (tmp_path / "notes").read_text().splitlines()
 
 
+def test_it_asks_slurm_for_a_task_a_node_a_warning_and_a_log_that_goes_on():
+    """Slurm heeds these lines as far as the first command: a log begun anew would lose what the last start said."""
+    head = SCRIPT.read_text().partition("\nset -")[0]
+    asked = re.findall(r"^#SBATCH (\S+)$", head, re.MULTILINE)
+    assert {"--ntasks-per-node=1", "--signal=B:USR1@300", "--requeue", "--open-mode=append"} <= set(asked)
+
+
 def test_it_starts_the_wrapper_once_on_each_node(batch, tmp_path):
     process = batch(STATUS="0", SLURM_RESTART_COUNT="2")
     _, errors = process.communicate(timeout=60)
@@ -73,6 +80,8 @@ def test_it_starts_the_wrapper_once_on_each_node(batch, tmp_path):
     words = (tmp_path / "notes.srun").read_text().split("\0")[:-1]
     bash = words.index("bash")
     assert words[:4] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=16"]
+    # A task that has saved waits for one that still does, and neither ends the other.
+    assert words[4:bash] == ["--kill-on-bad-exit=0", "--wait=2400"]
     # What a task of srun does, made to print its commands.
     for node in ("0", "1"):
         task = subprocess.run(
@@ -241,7 +250,7 @@ def cluster(tmp_path):
 @pytest.mark.slow
 @NEEDS_NETWORKS
 def test_a_real_slurm_trains_on_two_nodes_and_goes_on_after_a_requeue(cluster, cache, tmp_path):
-    """The signal is the one that Slurm sends before the time limit; no step is missing or recorded twice."""
+    """The signal is the one that Slurm sends before the time limit; every step is that of an uninterrupted run."""
     run, log = tmp_path / "run", tmp_path / "job.log"
     options = ["--cpus-per-task=1", "--time=10", f"--output={log}"]
     answer = cluster.ask("sbatch", *options, SCRIPT, "--no-preflight", *arguments(cache, run, 200))
@@ -260,6 +269,8 @@ def test_a_real_slurm_trains_on_two_nodes_and_goes_on_after_a_requeue(cluster, c
     wait_for(lambda: re.search(r"resuming .* after step [1-9]", log.read_text()), 200, said)
     wait_for(lambda: "JobState=COMPLETED" in cluster.ask("scontrol", "show", "job", job), 200, said)
     assert list(losses(run)) == list(range(1, 201))
+    alone(*arguments(cache, tmp_path / "alone", 200))
+    assert losses(run) == losses(tmp_path / "alone")
     assert {path.name for path in (tmp_path / "slurm" / "logs" / job).iterdir()} == {"node_0", "node_1"}
 
 
