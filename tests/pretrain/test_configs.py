@@ -51,6 +51,16 @@ def test_every_run_has_the_size_that_the_table_says(name):
     assert total * config.data.sequence_length == tokens
 
 
+@pytest.mark.parametrize("name", [name for name, (_, _, ranks, *_) in TABLE.items() if ranks > 8])
+def test_a_run_for_several_machines_says_for_how_many_ranks(name):
+    """DeepSpeed's launcher would train it on one machine where it finds no hostfile."""
+    ranks = TABLE[name][2]
+    shipped(name)[0].check_ranks(ranks)
+    with pytest.raises(ValueError, match=f"ranks = {ranks}, but 8 started: see that every machine.* or set ranks"):
+        shipped(name)[0].check_ranks(8)
+    load_run(name, ["ranks=8"]).check_ranks(8)
+
+
 @pytest.mark.parametrize(
     ("name", "layers", "width", "block", "dropout", "steps", "warmup"),
     [
