@@ -83,6 +83,22 @@ def test_a_job_without_faults_passes_under_each_launcher(cache, tmp_path):
 
 
 @pytest.mark.slow
+def test_under_deepspeeds_launcher_the_hostfile_is_told_to_both(tmp_path):
+    """The launcher hands on what stands behind the module's name, and starts this machine alone without the file."""
+    there, missing = tmp_path / "hosts", tmp_path / "hots"
+    there.write_text("localhost slots=2\n")
+    for file, told in ((there, "2 joined on 1 host"), (missing, f"there is no hostfile {missing}: ")):
+        launcher = [os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--hostfile", str(file)]
+        # Both ways it asks no other machine for anything.
+        launcher += ["--no_ssh", "--node_rank", "0"] if file is there else ["--num_gpus", "2"]
+        launcher += ["--master_addr", "127.0.0.1", "--master_port", "29537", "--module"]
+        command = [*launcher, "ssr_deepspeed.preflight", "--hostfile", str(file), "--config", "tiny_cpu", "--quick"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=300)
+        assert (result.returncode == 0) == (file is there), result.stderr
+        assert result.stdout.count(told) == 1, result.stdout
+
+
+@pytest.mark.slow
 def test_a_wrong_network_interface_ends_with_advice():
     for _, error, code in start(2, environment={"GLOO_SOCKET_IFNAME": "nowhere0"}):
         assert code == 1
