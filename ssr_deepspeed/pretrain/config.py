@@ -184,7 +184,7 @@ class RunConfig(Section):
         if self.ranks not in (0, started):
             raise ValueError(
                 f"ranks = {self.ranks}, but {started} started: see that every machine is there and the launcher finds "
-                "its hostfile, or set ranks"
+                f"its hostfile, or say --set ranks={started}"
             )
 
 
