@@ -13,13 +13,14 @@ from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_group, bwc_tensor_model_parallel_world_size
 from torch import nn
 
-from ssr_deepspeed.collectives import host_groups, maximum_over
+from ssr_deepspeed.collectives import host_groups
 from ssr_deepspeed.config import SSRConfig
 from ssr_deepspeed.gate import SSRGate
 from ssr_deepspeed.hosts.finite import FiniteWatch, NonfiniteLogitsError
 from ssr_deepspeed.hosts.monitoring import EngineMonitor, say
 from ssr_deepspeed.hosts.routers import Found
 from ssr_deepspeed.hosts.rules import RuleStates
+from ssr_deepspeed.hosts.scaler import loss_scale, scales_loss, skipped_by_torch
 from ssr_deepspeed.monitor.sinks import JsonLines
 from ssr_deepspeed.router import LocalHook, Router, RouterState
 from ssr_deepspeed.token_router import Padding
@@ -68,7 +69,7 @@ class EngineRuntime:
             _introduce_peers(adopted, engine)
             self._rules = RuleStates(self.config, adopted, self.layers, group, _same_tokens(), engine.device)
             self._rules.inherit(earlier)
-            if not _scales_loss(engine):
+            if not scales_loss(engine):
                 by_layer = {gate.ssr.layer: gate for gate in adopted.values()}
                 self._finite = FiniteWatch(by_layer, self.layers, engine.device)
         self._monitor: EngineMonitor | None = None
@@ -103,7 +104,7 @@ class EngineRuntime:
         with self._told():
             if self._finite:
                 self._finite.before_step(engine.global_steps)
-        self._scale = _loss_scale(engine)
+        self._scale = loss_scale(engine)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -139,8 +140,10 @@ class EngineRuntime:
 
     def after_step(self, engine: DeepSpeedEngine) -> None:
         """Commit the rules' state, toss the next step's coin, close this step; at the monitor's interval, report."""
+        skipped = skipped_by_torch(engine, self._scale)
+        if skipped and engine.was_step_applied():  # as the engine believes
+            engine.skipped_steps += 1
         if self._rules:
-            skipped = _skipped_by_torch(engine, self._scale)
             self._rules.after_step(engine.was_step_applied() and not skipped, self._scale)
         self._set_step(engine.global_steps)
         if self._monitor:
@@ -187,40 +190,6 @@ def _introduce_peers(gates: dict[str, Router], engine: DeepSpeedEngine) -> None:
     shared = [gate.ep_group for gate in firsts.values()]
     for gate, peers in zip(firsts.values(), host_groups(shared, engine.device), strict=True):
         gate.ssr.peers = peers
-
-
-def _torch_scaler(engine: DeepSpeedEngine) -> Any:
-    """torch's own loss scaler, used for fp16 by autocast: the engine's, or under ZeRO its optimizer's."""
-    scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
-    return getattr(engine.optimizer, "torch_autocast_gradscaler", None) if scaler is None else scaler
-
-
-def _skipped_by_torch(engine: DeepSpeedEngine, scale: float) -> bool:
-    """Whether torch's own scaler skipped the step that began with this scale, on any rank."""
-    if _torch_scaler(engine) is None:
-        return False
-    # It tells the engine nothing, but lets its scale fall; and each rank's judges its own experts' gradients alone.
-    fell = torch.tensor(int(_loss_scale(engine) < scale), device=engine.device)
-    return bool(maximum_over(dist.group.WORLD, fell))
-
-
-def _loss_scale(engine: DeepSpeedEngine) -> float:
-    """What the gradients of this step are multiplied by; 1 without a loss scaler."""
-    if not _scales_loss(engine):
-        return 1.0
-    scaler = _torch_scaler(engine)
-    if scaler is not None:
-        return float(scaler.get_scale())
-    optimizer: Any = engine.optimizer
-    return float(optimizer.loss_scale if hasattr(optimizer, "loss_scale") else getattr(optimizer, "cur_scale", 1.0))
-
-
-def _scales_loss(engine: DeepSpeedEngine) -> bool:
-    """Whether a loss scaler expects overflows and skips their step: fp16, plain or (since 0.17) by autocast."""
-    if engine.fp16_enabled():
-        return True
-    autocast = getattr(engine, "torch_autocast_enabled", None)
-    return autocast is not None and autocast() and engine.torch_autocast_dtype() == torch.float16
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

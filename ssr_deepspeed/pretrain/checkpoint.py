@@ -1,8 +1,8 @@
 """Checkpoints that a killed process or a full disk cannot spoil, and from which a run resumes bit for bit.
 
 DeepSpeed writes the engine's state: weights, optimizer, schedule, loss scale, steps, and through the plugin what
-rules and load monitor keep. Beside it goes what each rank has of its own: random states, and the losses since the
-last record. Everything is written into `step_N.partial` and waited for until the disk has it. When all ranks are done,
+rules and load monitor keep. Beside it goes what each rank has of its own: random states, the losses since the last
+record, and torch's loss scaler, which DeepSpeed uses for fp16 by autocast and does not save. Everything is written into `step_N.partial` and waited for until the disk has it. When all ranks are done,
 rank 0 adds the manifest, renames the folder to `step_N` and replaces `latest`, in this order, so that a run killed
 anywhere finds the checkpoint before or this one. Until then the earlier ones stay: there must be room for one more
 than are kept.
@@ -27,6 +27,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from ssr_deepspeed.collectives import gather_objects
 from ssr_deepspeed.files import replace_text, sync_folder
+from ssr_deepspeed.hosts.scaler import torch_scaler
 from ssr_deepspeed.pretrain.manifest import LATEST, PARTIAL, Manifest, by_step, tag
 from ssr_deepspeed.pretrain.signals import say
 
@@ -83,6 +84,9 @@ class Checkpoints:
         self._writer.begin()
         self.engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
         own = {"random": _random_states(), "losses": torch.stack(losses).cpu() if losses else None}
+        scaler = torch_scaler(self.engine)
+        if scaler is not None:
+            own["scaler"] = scaler.state_dict()
         self._writer.save(own, str(partial / _own_file(rank)))
         found = gather_objects((self._writer.problem, self._writer.files))
         problem = next((f"rank {number}, {why}" for number, (why, _) in enumerate(found) if why), None)
@@ -147,6 +151,9 @@ class Checkpoints:
             return []
         own = torch.load(self.folder / manifest.tag / _own_file(dist.get_rank()), weights_only=False)
         _restore(own["random"])
+        scaler = torch_scaler(engine)
+        if scaler is not None and "scaler" in own:  # older checkpoints have none
+            scaler.load_state_dict(own["scaler"])
         return [] if own["losses"] is None else list(own["losses"].to(engine.device))
 
     def _begin_moments(self) -> None:

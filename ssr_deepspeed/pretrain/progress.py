@@ -13,6 +13,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 from tqdm import tqdm
 
+from ssr_deepspeed.hosts.scaler import loss_scale, scales_loss
 from ssr_deepspeed.monitor.metrics import finite
 from ssr_deepspeed.pretrain.config import RunConfig
 from ssr_deepspeed.pretrain.devices import GateTimer, peak_flops
@@ -115,7 +116,7 @@ class Progress:
     def _training(self, loss: float) -> dict[str, Any]:
         """What a run that was resumed records as one that was not."""
         engine, norm = self._engine, self._engine.get_global_grad_norm()
-        scale = {"loss_scale": float(engine.optimizer.loss_scale)} if engine.fp16_enabled() else {}
+        scale = {"loss_scale": loss_scale(engine)} if scales_loss(engine) else {}
         return {
             "kind": "train",
             "step": self.step,
