@@ -3,6 +3,7 @@
 import contextlib
 import io
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,39 @@ def test_figures_of_throughput_agree_with_one_another_and_a_slow_source_shows(ca
     assert records[1]["data_wait_share"] <= 1
     assert f"trained on {5 * 1024:,} tokens" in said
     assert nothing == ""
+
+
+def _norms(config, folder):
+    """Of the first step's gradients as recorded, and summed from those of the same model."""
+    run = train.Run(config, Path(folder))
+    plain = {"deepspeed": {**config.deepspeed, "zero_optimization": {"stage": 0}}}
+    engine = _build_engine(replace(config, **plain), run.corpus.vocabulary, 0)
+    micro = engine.train_micro_batch_size_per_gpu()
+    batches = data.training_batches(run.corpus, config.data, first_sample=0, micro_batch=micro, rank=0, ranks=1)
+    tokens, labels, _ = next(batches)
+    engine.backward(engine(tokens, labels).loss)
+    squares = sum(float(weight.grad.double().square().sum()) for weight in engine.module.parameters())
+    run.train()
+    (record,) = (r for r in read_json_lines(Path(folder) / "metrics.jsonl") if r["kind"] == "train")
+    return record["gradient_norm"], squares**0.5
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_gradients_norm_is_that_before_clipping_and_null_where_deepspeed_computes_none(cache, tmp_path, stage):
+    config = tiny_run(
+        cache,
+        model={"ep_size": 1},
+        ssr={"rule": "none", "noise": {"scale": 0.0}},
+        deepspeed={
+            "gradient_clipping": 1e-3,
+            "gradient_accumulation_steps": 1,
+            "zero_optimization": {"stage": stage},
+        },
+        steps=1,
+    )
+    ((norm, summed),) = run_ranks(1, _norms, config, str(tmp_path / "run"), folder=tmp_path)
+    assert summed > 0.1
+    assert norm == (pytest.approx(summed, rel=1e-5) if stage else None)
 
 
 def _counted(config):

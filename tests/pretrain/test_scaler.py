@@ -1,10 +1,12 @@
 """Steps that are skipped, loss scales, and how they outlive a checkpoint."""
 
+import itertools
 import math
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from ssr_deepspeed.hosts.scaler import torch_scaler
@@ -16,13 +18,13 @@ from tests.pretrain.test_train import records
 from tests.pretrain.tiny import tiny_run
 
 
-def _overflow(engine, steps):
-    """In these steps, counted from 1, every gradient is infinite."""
+def _overflow(engine, weights, steps):
+    """In these steps, counted from 1, the weights' gradients are infinite."""
 
     def spoil(gradient):
         return torch.full_like(gradient, math.inf) if engine.global_steps + 1 in steps else gradient
 
-    for weight in engine.module.parameters():
+    for weight in weights:
         weight.register_hook(spoil)
 
 
@@ -33,7 +35,7 @@ def _run(config, folder, existing, overflows, stop_in=None):
     )
     scaler = torch_scaler(run.engine)
     before = scaler and scaler.state_dict()
-    _overflow(run.engine, overflows)
+    _overflow(run.engine, run.engine.module.parameters(), overflows)
     try:
         run.train()
     except Stopped as stopped:
@@ -72,3 +74,33 @@ def test_a_loss_scale_that_fell_goes_on_after_a_checkpoint(cache, tmp_path, rank
     scales = [record["loss_scale"] for record in found]
     assert scales[0] > scales[1] == scales[-1]
     assert_equal_runs(folder, whole)
+
+
+def _run_with_one_bad_gradient(config, folder):
+    """In step 3, of one expert on the last rank; whether each step but the first leaves that expert as it was."""
+    run = train.Run(config, Path(folder))
+    weight = next(one for name, one in run.engine.module.named_parameters() if "deepspeed_experts.0" in name)
+    after = []
+    if dist.get_rank() == dist.get_world_size() - 1:
+        _overflow(run.engine, [weight], {3})
+    advance = train.Progress.advance
+
+    def look(self):
+        advance(self)
+        after.append(weight.detach().clone())
+
+    train.Progress.advance = look
+    run.train()
+    return [torch.equal(one, other) for one, other in itertools.pairwise(after)]
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_zero_leaves_out_a_step_in_fp32_with_an_infinite_gradient_and_the_run_goes_on(cache, tmp_path, stage):
+    config = tiny_run(cache, steps=4, deepspeed={"zero_optimization": {"stage": stage}})
+    both = run_ranks(2, _run_with_one_bad_gradient, config, str(tmp_path / "run"), folder=tmp_path)
+    assert both == [[False, True, False]] * 2
+    found = records(tmp_path / "run", "train")
+    assert [record["skipped_steps"] for record in found] == [0, 0, 1, 1]
+    assert [record["gradient_norm"] is None for record in found] == [False, False, True, False]
+    assert all(math.isfinite(record["loss"]) for record in found)
+    assert not any("loss_scale" in record for record in found)
