@@ -2,10 +2,10 @@
 
 DeepSpeed writes the engine's state: weights, optimizer, schedule, loss scale, steps, and through the plugin what
 rules and load monitor keep. Beside it goes what each rank has of its own: random states, the losses since the last
-record, and torch's loss scaler, which DeepSpeed uses for fp16 by autocast and does not save. Everything is written into `step_N.partial` and waited for until the disk has it. When all ranks are done,
-rank 0 adds the manifest, renames the folder to `step_N` and replaces `latest`, in this order, so that a run killed
-anywhere finds the checkpoint before or this one. Until then the earlier ones stay: there must be room for one more
-than are kept.
+record, and torch's loss scaler, which DeepSpeed uses for fp16 by autocast and does not save. Everything is written
+into `step_N.partial` and waited for until the disk has it. When all ranks are done, rank 0 adds the manifest, renames
+the folder to `step_N` and replaces `latest`, in this order, so that a run killed anywhere finds the checkpoint before
+or this one. Until then the earlier ones stay: there must be room for one more than are kept.
 """
 
 from __future__ import annotations

@@ -30,9 +30,7 @@ def _overflow(engine, weights, steps):
 
 def _run(config, folder, existing, overflows, stop_in=None):
     """Train, or until asked to stop in a step; torch's scaler at the beginning and at the end."""
-    run = train.Run(
-        config, Path(folder), existing, asked=lambda: 15 if run.engine.global_steps + 1 == stop_in else 0
-    )
+    run = train.Run(config, Path(folder), existing, asked=lambda: 15 if run.engine.global_steps + 1 == stop_in else 0)
     scaler = torch_scaler(run.engine)
     before = scaler and scaler.state_dict()
     _overflow(run.engine, run.engine.module.parameters(), overflows)
