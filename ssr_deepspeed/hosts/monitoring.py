@@ -6,7 +6,6 @@ import atexit
 import sys
 import time
 import weakref
-from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -72,6 +71,8 @@ class EngineMonitor:
         # this run's records go on from.
         self._is_fresh = True
         self._resumed_at: int | None = None
+        self._fails = False
+        """Whether the last try to write failed."""
         _alive.add(self)
 
     @property
@@ -149,31 +150,32 @@ class EngineMonitor:
         """
         if not self._is_fresh or self._sink is None:
             return
-        self._is_fresh = False
         try:
             if self._resumed_at is not None:
                 self._sink.forget_after(self._resumed_at, ("load", "experts", "alert"))
             earlier = read_kinds(self._sink.path, ("alert",))
             self._alerts.take(record for record in earlier if record["step"] < step)
+            self._is_fresh = False
         except OSError as error:
-            self._give_up(error)
+            self._failed(error)
 
     def _record(self, records: list[dict[str, Any]]) -> None:
-        if self._sink is None:
+        if self._sink is None or self._is_fresh:  # which it still is where the file could not be made ready
             return
         try:
-            for record in records:
-                self._sink.write(record)
+            self._sink.write(*records)
         except OSError as error:
-            self._give_up(error)
+            self._failed(error)
+            return
+        if self._fails:
+            say("writes load records again")
+        self._fails = False
 
-    def _give_up(self, error: OSError) -> None:
-        """Training goes on, also for the ranks that would wait for this one."""
-        say(f"writes no more load records: {error}; make room at ssr.monitor.path and restart from a checkpoint")
-        if self._sink:
-            with suppress(OSError):  # of what is left in its buffer
-                self._sink.close()
-        self._sink = None
+    def _failed(self, error: OSError) -> None:
+        """Say so once; training goes on, also for the ranks that would wait for this one."""
+        if not self._fails:
+            say(f"WARNING: cannot write load records: {error}; make room at ssr.monitor.path. Training goes on")
+        self._fails = True
 
 
 @atexit.register

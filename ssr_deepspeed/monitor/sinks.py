@@ -17,12 +17,15 @@ _SCALARS = ("max_vio", "max_vio_window", "min_vio", "drop_rate", "dead_share", "
 _MODEL_SCALARS = ("max_vio", "drop_rate", "dead_share", "straggler", "router_entropy", "rerouted")
 # With more layers than this, those of the first, the last and evenly between them.
 _MOST_LAYERS = 16
+# Records that wait for a full disk to have room.
+_MOST_WAITING = 1000
 
 
 class JsonLines:
-    """Appends one JSON object a line and flushes each, so that a killed process loses no record.
+    """Appends one JSON object a line, each at once, so that a killed process loses no record.
 
-    A last line that an earlier writer left half-written is removed first.
+    Where the disk is full no half line stays, which another writer would go on from, and the records wait for the next
+    that finds room. A last line that an earlier writer left half-written is removed first.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -33,30 +36,60 @@ class JsonLines:
             end = whole.rfind(b"\n") + 1
             if end < len(whole):
                 os.truncate(self.path, end)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._waiting: list[str] = []
+        self._open()
 
-    def write(self, record: dict[str, Any]) -> None:
+    def _open(self) -> None:
+        self._file = self.path.open("ab", buffering=0)
+
+    def write(self, *records: dict[str, Any]) -> None:
+        """Append records, after those that wait.
+
+        Raises:
+            OSError: not all found room. What did not waits; of very many the oldest are dropped.
+        """
+        self._waiting = [*self._waiting, *map(_line, records)][-_MOST_WAITING:]
         try:
             moved = os.fstat(self._file.fileno()).st_ino != self.path.stat().st_ino
         except FileNotFoundError:
             moved = True
         if moved:  # another writer has rewritten the file
             self._file.close()
-            self._file = self.path.open("a", encoding="utf-8")
-        self._file.write(_line(record))
-        self._file.flush()
+            self._open()
+        while self._waiting:
+            self._append(self._waiting[0].encode())
+            del self._waiting[0]
+
+    def _append(self, line: bytes) -> None:
+        """Append a whole line or nothing."""
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(line)
+            while written < len(line):  # a disk may take what it has room for, and refuse the rest
+                written += self._file.write(line[written:])
+        except OSError:
+            os.truncate(self._file.fileno(), end)
+            raise
 
     def forget_after(self, step: int, kinds: Collection[str]) -> None:
         """Drop the records of these kinds and later steps: a run that resumes at `step` writes them again."""
+
+        def stays(line: str) -> bool:
+            return not any(_is_after(step, record) for record in _of_kinds(line, kinds))
+
+        self._waiting = list(filter(stays, self._waiting))
         if not any(_is_after(step, record) for record in read_kinds(self.path, kinds)):
             return
         with self.path.open(encoding="utf-8") as file:
-            kept = [line for line in file if not any(_is_after(step, record) for record in _of_kinds(line, kinds))]
-        self._file.close()
+            kept = list(filter(stays, file))
         replace_text(self.path, "".join(kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file.close()
+        self._open()
 
     def close(self) -> None:
+        """Close the file, when what waits has been tried once more."""
+        with contextlib.suppress(OSError):
+            self.write()
         self._file.close()
 
 
