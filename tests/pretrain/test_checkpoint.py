@@ -15,6 +15,7 @@ from ssr_deepspeed.pretrain.signals import Agreement, Stopped
 from tests.gloo import run_ranks
 from tests.pretrain.test_train import records, timeless
 from tests.pretrain.tiny import tiny_run
+from tests.toy import global_name
 
 
 def _run(config, folder, existing="refuse", stop_in=None):
@@ -197,6 +198,37 @@ def test_weights_steps_and_data_go_on_at_another_layout(cache, tmp_path, deepspe
         assert bits < expected["bits_per_byte"] + 0.05
         # What was written at this layout resumes as it is.
         run_ranks(ranks, _evaluate_resumed, longer, str(folder), "resume", folder=tmp_path)
+
+
+def _weights_after(config, folder, existing):
+    """This rank's weights after the run's last step, by names that are the same at every layout; and where it began."""
+    run = train.Run(config, Path(folder), existing)
+    run.train()
+    ep_size = config.model.ep_size
+    names = {global_name(name, ep_size, run.rank % ep_size): one for name, one in run.engine.module.named_parameters()}
+    return {name: weight.detach().clone() for name, weight in names.items()}, (run.first_step, run.engine.global_steps)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((1, 1), (2, 2)), pytest.param((4, 2), (2, 2), marks=pytest.mark.slow)],
+    ids=["1 rank to 2", "4 ranks to 2"],
+)
+def test_more_or_fewer_ranks_take_over_every_weight_as_it_is(cache, tmp_path, before, after):
+    """Also those that ZeRO keeps beside the model's: a step at a learning rate of 0 changes none."""
+    folder, found = str(tmp_path / "run"), []
+    still = {"optimizer": {"type": "AdamW", "params": {"lr": 0.0, "torch_adam": True}}}
+    for (ranks, ep_size), existing, steps, deepspeed in ((before, "refuse", 2, {}), (after, "weights", 3, still)):
+        changes = {"steps": steps, "checkpoint_every": 0, "eval_every": 0, "deepspeed": deepspeed}
+        config = settings_of(cache, model={"ep_size": ep_size}, **changes)
+        by_rank = run_ranks(ranks, _weights_after, config, folder, existing, folder=tmp_path)
+        found.append({})
+        for weights, _ in by_rank:
+            for name, weight in weights.items():
+                assert torch.equal(found[-1].setdefault(name, weight), weight), name
+    assert by_rank[0][1] == (2, 3)
+    assert sum("deepspeed_experts" in name for name in found[0]) == 2 * 4 * 3  # layers, experts, matrices
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 def _fail_to_write(config, folder, failing):

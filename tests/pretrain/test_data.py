@@ -45,6 +45,14 @@ def test_bytes_hold_every_document_whole_and_each_on_one_side_of_the_split(tmp_p
     assert corpus.vocabulary == 257
 
 
+def test_tokens_are_mapped_from_their_file_and_not_read_into_memory(tmp_path):
+    write_documents(tmp_path)
+    corpus = corpus_of(DataConfig(source=str(tmp_path), heldout=0.2, cache=str(tmp_path / "cache")))
+    for side in (corpus.training, corpus.heldout):
+        assert isinstance(side[5:9], numpy.memmap)
+        assert [side[5:9].filename] == side.files
+
+
 def test_a_trained_bpe_gives_the_text_back_and_knows_the_bytes_of_each_token(tmp_path):
     texts = write_documents(tmp_path)
     config = DataConfig(source=str(tmp_path), tokenizer="bpe", vocabulary=300, cache=str(tmp_path / "cache"))

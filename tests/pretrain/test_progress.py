@@ -2,6 +2,11 @@
 
 import contextlib
 import io
+import os
+import pty
+import re
+import termios
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssr_deepspeed.monitor.sinks import read_json_lines
-from ssr_deepspeed.pretrain import data, devices, train
+from ssr_deepspeed.pretrain import data, devices, prepare, train
 from ssr_deepspeed.pretrain.devices import GateTimer, peak_of
 from ssr_deepspeed.pretrain.sizes import sizes_of
 from ssr_deepspeed.pretrain.train import _build_engine
@@ -178,3 +183,53 @@ def test_gates_are_timed_from_start_to_stop_and_passes_that_break_off_do_not_cou
     assert next(moments, None) is None
     assert timer.stop() is None
     assert GateTimer([]).stop() is None
+
+
+def _on_terminal(name, function, *arguments):
+    """Call it where stderr is that terminal; what it prints on stdout."""
+    os.dup2(os.open(name, os.O_RDWR | os.O_NOCTTY), 2)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        function(*arguments)
+    return said.getvalue()
+
+
+def shown_on_terminal(ranks, function, *arguments, folder):
+    """What ranks write to the terminal that is their stderr, and what each prints on stdout."""
+    terminal, end = pty.openpty()
+    termios.tcsetwinsize(end, (24, 120))
+    shown = bytearray()
+
+    def read():
+        while not shown.endswith(b"END"):
+            shown.extend(os.read(terminal, 4096))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        said = run_ranks(ranks, _on_terminal, os.ttyname(end), function, *arguments, folder=folder)
+    finally:
+        os.write(end, b"END")
+        reader.join()
+        os.close(terminal)
+        os.close(end)
+    return shown.decode(), said
+
+
+def _train(config, folder):
+    train.Run(config, Path(folder)).train()
+
+
+def test_on_a_terminal_a_run_shows_one_bar_and_no_lines_of_steps(cache, tmp_path):
+    config = tiny_run(cache, steps=3)
+    shown, said = shown_on_terminal(2, _train, config, str(tmp_path / "run"), folder=tmp_path)
+    assert shown.count(" 0/3 [") == 1
+    assert re.search(r"100%\|.*\| 3/3 \[.*step.*loss=.*imbalance=", shown)
+    assert not any("step 3/3" in lines for lines in said)
+
+
+def test_on_a_terminal_preparing_shows_how_far_it_is(cache, tmp_path):
+    options = ["--config", "tiny_cpu", "--set", f"data.source={cache}/speeches", "--workers", "1"]
+    options += ["--output", str(tmp_path / "prepared")]
+    shown, (said,) = shown_on_terminal(1, prepare.main, options, folder=tmp_path)
+    assert re.search(r"tokenising: 100%\|.*B/s", shown)
+    assert said.startswith("prepared")

@@ -140,6 +140,8 @@ def test_a_run_that_cannot_start_says_why_on_every_rank(cache, tmp_path):
     assert "cannot resume: seed is 5" in messages(tiny_run(cache), "c", "resume")
     other = tiny_run(cache, seed=5, model={"top_k": 1}, data={"workers": 1})
     assert "cannot resume: model.top_k is 2" in messages(other, "c", "resume")
+    other = tiny_run(cache, seed=5, data={"sequence_length": 32})
+    assert "cannot resume: data.sequence_length is 64" in messages(other, "c", "resume")
     assert not (tmp_path / "b").exists()
     (tmp_path / "latin.txt").write_bytes("déjà".encode("latin-1"))
     assert "DatasetGenerationError" in messages(tiny_run(cache, data={"source": str(tmp_path / "latin.txt")}), "d")
@@ -220,12 +222,16 @@ def test_topkgate_trains_with_its_auxiliary_loss_and_is_counted(cache, tmp_path)
 
 
 def test_the_first_two_steps_are_those_of_a_shorter_run(cache, tmp_path):
-    """More steps do not change the earlier ones, and a finished run can be made longer."""
+    """More steps do not change the earlier ones, and a finished run can be made longer. Each keeps its checkpoints."""
     short, long = tmp_path / "short", tmp_path / "long"
     run_ranks(2, _run, tiny_run(cache, steps=2), str(short), folder=tmp_path)
-    run_ranks(2, _run, tiny_run(cache, steps=4), str(short), "resume", folder=tmp_path)
-    run_ranks(2, _run, tiny_run(cache, steps=4), str(long), folder=tmp_path)
+    run_ranks(
+        2, _run, tiny_run(cache, steps=4, checkpoint_every=1, keep_checkpoints=1), str(short), "resume", folder=tmp_path
+    )
+    run_ranks(2, _run, tiny_run(cache, steps=4, checkpoint_every=1, keep_checkpoints=3), str(long), folder=tmp_path)
     assert [timeless(r) for r in records(short, "train")] == [timeless(r) for r in records(long, "train")]
+    kept = [sorted(path.name for path in (folder / "checkpoints").glob("step_*")) for folder in (short, long)]
+    assert kept == [["step_4"], ["step_2", "step_3", "step_4"]]
 
 
 @pytest.mark.parametrize(
