@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ssr_deepspeed.collectives import attempt, gather_objects
 from ssr_deepspeed.hosts.engine import initialize
+from ssr_deepspeed.hosts.scaler import scales_loss
 from ssr_deepspeed.monitor.records import METRICS, RunLog
 from ssr_deepspeed.monitor.report import write_report
 from ssr_deepspeed.monitor.sinks import JsonLines
@@ -183,7 +184,7 @@ class Run:
         loss, record = progress.record(self.losses)
         self._record(record)
         self.losses.clear()
-        if not math.isfinite(loss) and not self.engine.fp16_enabled():
+        if not math.isfinite(loss) and not scales_loss(self.engine):
             # The mean is the same on every rank, so every rank stops here.
             raise RuntimeError(
                 f"the training loss is {loss} in the steps up to {step}: lower deepspeed.optimizer.params.lr "
@@ -256,7 +257,7 @@ class Run:
         if self.sink:
             try:
                 self.sink.write(record)
-            except OSError as error:  # what is in the file's buffer goes out with the next record that finds room
+            except OSError as error:  # it waits for the next record that finds room
                 say(f"WARNING: cannot write {self.sink.path}: {error.strerror}. Training goes on")
 
     def report(self) -> None:

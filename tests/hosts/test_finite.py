@@ -108,7 +108,7 @@ def _not_asked(config):
     not hasattr(DeepSpeedEngine, "torch_autocast_enabled"), reason="this DeepSpeed has no torch_autocast"
 )
 def test_under_fp16_the_loss_scaler_deals_with_overflow(tmp_path):
-    """The CPU engine refuses plain fp16, whose test is the same."""
+    """Plain fp16, which not every CPU has, is asked for in the same way."""
     config = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
     assert run_ranks(1, _not_asked, config, folder=tmp_path) == [True]
 

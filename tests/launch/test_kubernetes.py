@@ -51,7 +51,7 @@ def check_commands(preflight, training, node, host, port):
 
 
 def check_pod(pod, container):
-    patience = re.search(r"shutdown_timeout=(\d+)", (ROOT / "launch" / "pretrain.sh").read_text())[1]
+    patience = re.search(r"shutdown_timeout=(\d+)", (ROOT / "launch" / "ranks.sh").read_text())[1]
     assert pod["terminationGracePeriodSeconds"] > int(patience)
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
