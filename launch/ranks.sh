@@ -142,8 +142,8 @@ run_ranks() {
       status=69
     fi
     explain "$status"
-  elif [[ $status == 1 && -z $stopped && ! -e $SSR_EXIT_FILE.met ]] && ((nodes > 1)); then
-    unmet=yes
+  elif [[ $status != 0 && -z $stopped && ! -e $SSR_EXIT_FILE.met ]] && ((nodes > 1)); then
+    unmet=yes status=1
   elif [[ $status == 1 && -z $again && -e $SSR_EXIT_FILE.started ]]; then
     say "a rank was killed, or crashed, and the others of this machine left no word"
     status=69

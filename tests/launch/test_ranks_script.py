@@ -295,8 +295,9 @@ def test_a_signal_ends_the_search_for_a_host(fake, tmp_path):
     assert process.returncode == 75, errors
 
 
-def test_machines_that_have_not_met_are_told_what_to_compare(fake):
-    process = fake("exit 1", *several("127.0.0.1:29400", "1", "--max-restarts", "3"))
+@pytest.mark.parametrize("end", ["exit 1", "kill -KILL $$"], ids=["by itself", "where something else listens there"])
+def test_machines_that_have_not_met_are_told_what_to_compare(end, fake):
+    process = fake(end, *several("127.0.0.1:29400", "1", "--max-restarts", "3"))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert errors.count("before all 2 machines had met at 127.0.0.1:29400") == 1
