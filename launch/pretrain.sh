@@ -3,7 +3,7 @@
 # The checkout's .venv is used if there is one.
 set -euo pipefail
 
-here=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+here=$(cd -P "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 [[ -x $here/.venv/bin/python ]] && PATH=$here/.venv/bin:$PATH
 # shellcheck source-path=SCRIPTDIR source=ranks.sh
 source "$here/launch/ranks.sh"

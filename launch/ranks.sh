@@ -85,20 +85,21 @@ run() {
 # hears no signal. Ranks leave their status just before they end; torchrun needs 30 s at most to end those that cannot.
 # Nor does it give up where something else listens at the place to meet.
 end_when_ranks_have() {
-  local left=90 patience=$((join_timeout + 60))
+  local left=90 patience=$((5 * (join_timeout + 60)))
+  # Where the kernel does not tell of a process's children, all have met.
+  compgen -G "/proc/$$/task/*/children" >/dev/null || : >"$SSR_EXIT_FILE.met"
   trap '' TERM INT USR1 HUP PIPE # they come to the whole group, and a subshell has not its parent's traps
   while ((left > 0 && patience > 0)); do
-    sleep 1 >/dev/null 2>&1
-    kill -0 "$child" 2>/dev/null || return 0
-    [[ ! -s $SSR_EXIT_FILE ]] || left=$((left - 1))
     if ((nodes > 1)) && [[ ! -e $SSR_EXIT_FILE.met ]]; then
-      # torchrun starts its ranks when all machines are there. Not every kernel tells of them.
-      if [[ -n $(ranks_of "$child") ]] || ! compgen -G "/proc/$child/task/*/children" >/dev/null; then
-        : >"$SSR_EXIT_FILE.met"
-      else
-        patience=$((patience - 1))
-      fi
+      sleep 0.2 >/dev/null 2>&1 # ranks may end at once, by a misspelt option
+      patience=$((patience - 1))
+      # torchrun starts them when all machines are there.
+      [[ -z $(ranks_of "$child") ]] || : >"$SSR_EXIT_FILE.met"
+    else
+      sleep 1 >/dev/null 2>&1
+      [[ ! -s $SSR_EXIT_FILE ]] || left=$((left - 1))
     fi
+    kill -0 "$child" 2>/dev/null || return 0
   done
   if ((patience > 0)); then
     say "the ranks ended 90 s ago, and torchrun waits for another machine: ending it"

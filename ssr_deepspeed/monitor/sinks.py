@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -37,10 +38,14 @@ class JsonLines:
             if end < len(whole):
                 os.truncate(self.path, end)
         self._waiting: list[str] = []
-        self._open()
+        self._file = self._opened()
 
-    def _open(self) -> None:
-        self._file = self.path.open("ab", buffering=0)
+    def _opened(self) -> io.FileIO:
+        return self.path.open("ab", buffering=0)
+
+    def _reopen(self) -> None:
+        self._file, old = self._opened(), self._file
+        old.close()
 
     def write(self, *records: dict[str, Any]) -> None:
         """Append records, after those that wait.
@@ -54,8 +59,7 @@ class JsonLines:
         except FileNotFoundError:
             moved = True
         if moved:  # another writer has rewritten the file
-            self._file.close()
-            self._open()
+            self._reopen()
         while self._waiting:
             self._append(self._waiting[0].encode())
             del self._waiting[0]
@@ -83,8 +87,7 @@ class JsonLines:
         with self.path.open(encoding="utf-8") as file:
             kept = list(filter(stays, file))
         replace_text(self.path, "".join(kept))
-        self._file.close()
-        self._open()
+        self._reopen()
 
     def close(self) -> None:
         """Close the file, when what waits has been tried once more."""

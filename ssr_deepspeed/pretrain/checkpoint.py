@@ -63,7 +63,14 @@ class Checkpoints:
         # It copies scripts beside the checkpoints, on rank 0 alone.
         engine._copy_recovery_script = self._writer.guarded(engine._copy_recovery_script)
 
-    def save(self, samples: int, seconds: float, losses: list[torch.Tensor], owes_evaluation: bool) -> str | None:
+    def save(
+        self,
+        samples: int,
+        seconds: float,
+        losses: list[torch.Tensor],
+        owes_evaluation: bool,
+        written: Callable[[], None] = lambda: None,
+    ) -> str | None:
         """Write a checkpoint of the current step.
 
         A write that fails, on any rank, leaves the earlier checkpoints as they were. No rank waits for one that failed.
@@ -73,6 +80,7 @@ class Checkpoints:
             seconds: of training so far.
             losses: of this rank's micro-batches since the last record, scalars.
             owes_evaluation: the step's evaluation is still to be done.
+            written: called when this rank's files are on the disk, and others may still write.
 
         Returns:
             None, or why it could not be written, the same on every rank.
@@ -88,6 +96,7 @@ class Checkpoints:
         if scaler is not None:
             own["scaler"] = scaler.state_dict()
         self._writer.save(own, str(partial / _own_file(rank)))
+        written()
         found = gather_objects((self._writer.problem, self._writer.files))
         problem = next((f"rank {number}, {why}" for number, (why, _) in enumerate(found) if why), None)
         if rank == 0:

@@ -65,7 +65,8 @@ def claim(folder: Path, settings: dict[str, Any], existing: Existing) -> TextIO:
 
 def holds_run(folder: Path) -> bool:
     """Whether a run has recorded or saved anything there."""
-    return (folder / METRICS).exists() or bool(by_step(folder / "checkpoints"))
+    records = folder / METRICS  # empty, it is of a run that never began
+    return (records.exists() and records.stat().st_size > 0) or bool(by_step(folder / "checkpoints"))
 
 
 def _lock(lock: TextIO, folder: Path) -> None:

@@ -205,7 +205,9 @@ def outlive_console() -> None:
     for name in ("stdout", "stderr"):
         old = getattr(sys, name)
         old.flush()
-        raw = io.BufferedWriter(_Console(old.fileno(), "w", closefd=False))
+        raw: Any = _Console(old.fileno(), "w", closefd=False)
+        # `python -u`, as torchrun starts it, has no buffer.
+        raw = raw if old.write_through else io.BufferedWriter(raw)
         setattr(sys, name, io.TextIOWrapper(raw, old.encoding, old.errors, None, old.line_buffering, old.write_through))
 
 

@@ -52,9 +52,10 @@ def supervise(
     signals = Signals(launched)
     try:
         watch = _join(config, signals)
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
-        leave(1)
+        # With the launcher that keeps the meeting place goes the connection to it.
+        leave(LOST if isinstance(error, dist.DistNetworkError | dist.DistStoreError) else 1)
     try:
         try:
             run = Run(config, folder, existing, compare, asked=signals.asked, moved=watch.moved)

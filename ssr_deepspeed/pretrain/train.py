@@ -210,8 +210,11 @@ class Run:
             raise Stopped(number, step)
 
     def _save(self, must: bool) -> None:
-        self.moved(f"saving step {self.engine.global_steps}", alone=True)
-        problem = self.checkpoints.save(self.samples, self.progress.seconds, self.losses, self.owes_evaluation)
+        where = f"saving step {self.engine.global_steps}"
+        self.moved(where, alone=True)
+        problem = self.checkpoints.save(
+            self.samples, self.progress.seconds, self.losses, self.owes_evaluation, partial(self.moved, where)
+        )
         if problem and must:
             raise NotSavedError(problem)
         if problem:

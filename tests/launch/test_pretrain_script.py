@@ -126,6 +126,14 @@ def test_half_a_specification_is_an_error_that_says_what_to_give(arguments, vari
     assert not result.stdout
 
 
+def test_a_link_to_the_script_finds_the_rest_of_it(tmp_path):
+    link = tmp_path / "pretrain"
+    link.symlink_to(SCRIPT)
+    assert (
+        subprocess.run([link, "--help"], capture_output=True, text=True, check=True).stdout == script("--help").stdout
+    )
+
+
 def test_help_names_every_option_that_the_script_reads():
     text = script("--help").stdout
     case = next(line for line in SCRIPT.read_text().splitlines() if "| --node-rank" in line)

@@ -66,3 +66,16 @@ def test_what_waits_is_written_at_the_end_and_is_not_kept_without_limit(tmp_path
                 sink.write({"step": step})
     sink.close()
     assert read_json_lines(tmp_path / "x.jsonl") == [{"step": 2}, {"step": 3}, {"step": 4}]
+
+
+def test_a_folder_that_is_gone_for_a_while_delays_records_as_well(tmp_path):
+    file, away = tmp_path / "run" / "x.jsonl", tmp_path / "away"
+    sink = JsonLines(file)
+    sink.write({"step": 1})
+    file.parent.rename(away)
+    for step in (2, 3):
+        with pytest.raises(FileNotFoundError):
+            sink.write({"step": step})
+    away.rename(file.parent)
+    sink.write({"step": 4})
+    assert [record["step"] for record in read_json_lines(file)] == [1, 2, 3, 4]

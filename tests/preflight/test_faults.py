@@ -205,7 +205,7 @@ def _a_run_that_is_there(rank, text, folder):
         assert f"(--resume, --overwrite) is '{other}' on rank 1 (b), and 'resume' on the others: give" in said
     told(Status.OK, "refuse")
     job = join(timedelta(seconds=30))
-    job.attempt(lambda: (home.mkdir(), (home / "metrics.jsonl").touch()), here=rank == 0)
+    job.attempt(lambda: (home.mkdir(), (home / "metrics.jsonl").write_text("{}\n")), here=rank == 0)
     assert told(Status.FAILURE, "refuse") == HOLDS_RUN.format(folder=home)
     for existing in ("resume", "weights", "overwrite"):
         told(Status.OK, existing)

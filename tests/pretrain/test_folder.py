@@ -40,6 +40,16 @@ def test_the_lock_of_a_host_that_is_lost_is_waited_for(tmp_path, monkeypatch, ca
         claim(tmp_path, {}, "resume")
 
 
+def test_a_run_that_never_began_leaves_nothing_that_refuses_another(tmp_path):
+    """It may have got as far as to make the file of its records, and is started anew with the same words."""
+    claim(tmp_path, {}, "refuse").close()
+    (tmp_path / "metrics.jsonl").touch()
+    claim(tmp_path, {}, "refuse").close()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="holds a run already"):
+        claim(tmp_path, {}, "refuse")
+
+
 def test_so_is_that_of_a_lost_host_whose_name_this_one_has_taken_over(tmp_path, capsys):
     """As a pod does that replaces another."""
     other = held(tmp_path, f"host {socket.gethostname()}, process 7\nboot of-another-machine")

@@ -63,6 +63,14 @@ sys.exit(75)
 """
 
 
+def test_what_is_printed_is_seen_at_once_where_nothing_is_to_be_held_back():
+    """As torchrun asks for: a process that is killed would take it along."""
+    text = "import os, sys; from ssr_deepspeed.pretrain.signals import outlive_console; outlive_console()"
+    text += "; print('x'); sys.stderr.write('y'); os._exit(0)"
+    result = subprocess.run([sys.executable, "-u", "-c", text], capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr[-1:]) == ("x\n", "y")
+
+
 def test_a_console_that_is_gone_ends_nothing():
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen([sys.executable, "-c", SPEAKS], text=True, **pipes)
