@@ -26,6 +26,7 @@ for number in range(2):
     print([type(module).__name__ for module in engine.modules() if "Gate" in type(module).__name__])
 engine.backward(engine(torch.randn(1, 32, 16))[0].sum())
 engine.step()
+torch.distributed.destroy_process_group()
 """
 
 

@@ -204,7 +204,7 @@ def test_a_run_is_resumed_on_the_same_text_alone(source, folder, tmp_path):
 
     claim(tmp_path / "run", settings(), "refuse").close()
     begin(tmp_path / "run", settings(), None)
-    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
     claim(tmp_path / "run", settings(source="elsewhere", prepared=str(folder), workers=3), "resume").close()
     with pytest.raises(ValueError, match=r"cannot resume: data.fingerprint is '\w{16}' in .* and 'other' now"):
         claim(tmp_path / "run", settings(fingerprint="other"), "resume")

@@ -135,7 +135,7 @@ def test_a_run_that_cannot_start_says_why_on_every_rank(cache, tmp_path):
     assert "no such file" in messages(tiny_run(cache, data={"source": "/nowhere.txt"}), "b")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "config.json").write_text(json.dumps(tiny_run(cache, seed=5).to_dict()))
-    (tmp_path / "c" / "metrics.jsonl").write_text("")
+    (tmp_path / "c" / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
     assert "holds a run already" in messages(tiny_run(cache), "c")
     assert "cannot resume: seed is 5" in messages(tiny_run(cache), "c", "resume")
     other = tiny_run(cache, seed=5, model={"top_k": 1}, data={"workers": 1})
