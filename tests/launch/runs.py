@@ -9,6 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "pretrain.sh"
+RUN = ["--config", "tiny_cpu", "--output", "runs/a b", "--set", "steps=4"]
+"""A run's own arguments, for a script that starts no ranks."""
 SIZES = ["width=32", "heads=2", "experts=4", "expert_width=32"]
 
 

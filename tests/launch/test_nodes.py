@@ -42,8 +42,8 @@ def same_weights(run, other, step):
 
 
 def test_two_machines_train_as_two_ranks_of_one_do(hosts, cache, tmp_path):
-    apart, together = tmp_path / "apart", tmp_path / "together"
     """As printed in the README: with the preflight, and then once more with --resume."""
+    apart, together = tmp_path / "apart", tmp_path / "together"
     words = ["--log-dir", tmp_path / "logs"]
     finish(*start(hosts, tmp_path, *words, *arguments(cache, apart, 8), preflight=True))
     finish(*start(hosts, tmp_path, "--resume", *arguments(cache, apart, 12), meet="then", preflight=True))

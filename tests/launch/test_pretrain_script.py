@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.runs import ROOT, SCRIPT, environment
+from tests.launch.runs import ROOT, RUN, SCRIPT, environment
 
-RUN = ["--config", "tiny_cpu", "--output", "runs/a b", "--set", "steps=4"]
 TWO = ["--nodes", "2", "--rendezvous", "box0:29400", "--id", "first"]
 SIGNALS = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout", "600"]
 
@@ -30,10 +29,10 @@ def dry(*arguments, **variables):
     return [shlex.split(line) for line in result.stdout.splitlines()]
 
 
-def torchrun(*options, module="pretrain", nodes="1", ranks="2", threads="1", log=False):
+def torchrun(*options, module="pretrain", nodes="1", ranks="2", threads="1", log=False, before=()):
     prefix = ["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=[rank ${rank}]: "] if log else []
     words = ["env", f"OMP_NUM_THREADS={threads}", *prefix, "torchrun", "--nnodes", nodes, "--nproc-per-node", ranks]
-    return [*words, "--max-restarts", "0", *SIGNALS, *options, "-m", f"ssr_deepspeed.{module}", *RUN]
+    return [*words, "--max-restarts", "0", *SIGNALS, *options, "-m", f"ssr_deepspeed.{module}", *before, *RUN]
 
 
 def meeting(port, run, patience, host=None):
@@ -134,11 +133,18 @@ def test_a_link_to_the_script_finds_the_rest_of_it(tmp_path):
     )
 
 
-def test_help_names_every_option_that_the_script_reads():
+def test_help_names_every_option_that_the_script_reads_and_the_preflight_gets_its_own():
     text = script("--help").stdout
     case = next(line for line in SCRIPT.read_text().splitlines() if "| --node-rank" in line)
-    for option in [*case.strip(" )").split(" | "), "--no-preflight", "--dry-run", "--quick"]:
-        assert f" {option}" in text
+    checks = ["--expect-ranks", "--hostfile"]
+    for option in [*case.strip(" )").split(" | "), "--no-preflight", "--dry-run"]:
+        assert option in checks or f"\n  {option} " in text
+    assert "\n  --quick, --expect-ranks N, --hostfile FILE " in text
+    preflight, training = dry("--quick", *RUN, "--hostfile", "hosts", "--expect-ranks=8")
+    assert preflight == torchrun(
+        "--standalone", module="preflight", before=["--quick", "--hostfile", "hosts", "--expect-ranks", "8"]
+    )
+    assert training == torchrun("--standalone")
     assert max(len(line) for line in text.splitlines()) <= 120
 
 

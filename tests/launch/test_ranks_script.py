@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.runs import SCRIPT, arguments, environment, heed_signals, latest, losses, wait_for
+from tests.launch.runs import RUN, SCRIPT, arguments, environment, heed_signals, latest, losses, wait_for
 
 RANKS = SCRIPT.with_name("ranks.sh")
-RUN = ["--config", "tiny_cpu", "--output", "runs/a b", "--set", "steps=4"]
 
 
 @pytest.fixture

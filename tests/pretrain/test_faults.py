@@ -154,23 +154,20 @@ def test_a_rank_that_raises_ends_the_run_though_its_loader_outlives_signals(cach
 
 
 @pytest.mark.slow
-def test_a_frozen_rank_is_named_before_the_timeout_and_the_others_exit(cache, tmp_path, whole):
-    job = Job(tmp_path, settings_of(cache, timeout=20), fault=("frozen", 1, 5))
+@pytest.mark.parametrize(
+    ("fault", "seconds", "words"),
+    [
+        ("frozen", r"1?\d", ["rank 1 (host ", "gone, frozen or cut off"]),
+        # It is alive: nothing but the timeout tells.
+        ("stalls", r"2\d", ["all ranks are alive", "in stall"]),
+    ],
+)
+def test_a_rank_that_stands_still_is_told_of_and_the_others_exit(cache, tmp_path, whole, fault, seconds, words):
+    job = Job(tmp_path, settings_of(cache, timeout=20), fault=(fault, 1, 5))
     code, own = job.end()
     assert (code, own) == (1, 69), job.text()
-    assert re.search(r"no progress for 1?\d s in step 5: rank 1 \(host ", job.text()), job.text()
-    assert "gone, frozen or cut off" in job.text()
-    assert_resumes(tmp_path, cache, whole, 4)
-
-
-@pytest.mark.slow
-def test_a_rank_that_stalls_is_named_at_the_timeout_by_all_and_the_run_goes_on(cache, tmp_path, whole):
-    """It is alive, so that nothing but the timeout tells; the others are further by no place but its own."""
-    job = Job(tmp_path, settings_of(cache, timeout=20), fault=("stalls", 1, 5))
-    code, own = job.end()
-    assert (code, own) == (1, 69), job.text()
-    assert re.search(r"no progress for 2\d s in step 5: all ranks are alive", job.text()), job.text()
-    assert "in stall" in job.text()
+    assert re.search(rf"no progress for {seconds} s in step 5: {re.escape(words[0])}", job.text()), job.text()
+    assert words[1] in job.text()
     assert_resumes(tmp_path, cache, whole, 4)
 
 
